@@ -1,0 +1,204 @@
+"""Batches in an order, and at a position, that can be reproduced."""
+
+import collections
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxlm.data import packing
+
+
+class BatchIterator:
+  """An endless iterator of batches whose position can be saved."""
+
+  def __init__(self, dataset: grain.MapDataset, identity: dict[str, Any]):
+    self._dataset = dataset
+    self._identity = identity
+    self._next_batch = 0
+
+  def __iter__(self) -> "BatchIterator":
+    return self
+
+  def __next__(self) -> packing.Batch:
+    batch = self._dataset[self._next_batch]
+    self._next_batch += 1
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    """The position after the batch returned last, JSON-able."""
+    return {"next_batch": self._next_batch, **self._identity}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a saved position of the same data, order and batch size."""
+    expected = {"next_batch", *self._identity}
+    if set(state) != expected:
+      raise ValueError(
+          f"data state has the keys {sorted(state)}, expected "
+          f"{sorted(expected)}: it was not saved by this iterator"
+      )
+    for key, value in self._identity.items():
+      if state[key] != value:
+        raise ValueError(
+            f"data state was saved with {key}={state[key]!r}, but this run "
+            f"has {key}={value!r}: start with the same data, seed and batch "
+            "size, or start anew"
+        )
+    if state["next_batch"] < 0:
+      raise ValueError(f"data state next_batch={state['next_batch']} < 0")
+    self._next_batch = int(state["next_batch"])
+
+
+def batches(
+    rows: packing.Rows,
+    batch_size: int,
+    seed: int,
+    *,
+    start_state: dict[str, Any] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> BatchIterator:
+  """Endless shuffled batches of `rows`; each epoch has an order of its own.
+
+  Args:
+    rows: what to draw from, each row once an epoch.
+    batch_size: of the whole batch over all processes. Each process gets its
+      consecutive share, so the order does not depend on their number.
+    seed: decides the order, alone.
+    start_state: a `get_state()` to continue from.
+    process_index: this process, as jax.process_index().
+    process_count: how many there are, as jax.process_count().
+
+  Returns:
+    An iterator of `Rows.take` dicts with B = batch_size / process_count.
+  """
+  local = _local_slice(batch_size, process_index, process_count)
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"seed={seed} must lie in 0..2**32-1")
+  dataset = (
+      grain.MapDataset.range(len(rows))
+      .shuffle(seed=seed)
+      .repeat()
+      .batch(batch_size, batch_fn=np.asarray)
+      .map(lambda index_B: rows.take(index_B[local]))
+  )
+  iterator = BatchIterator(
+      dataset,
+      {"seed": seed, "batch_size": batch_size, "rows": rows.fingerprint},
+  )
+  if start_state is not None:
+    iterator.set_state(start_state)
+  return iterator
+
+
+def eval_batches(
+    rows: packing.Rows,
+    batch_size: int,
+    num_batches: int | None = None,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[packing.Batch]:
+  """The same batches every time, evenly spread over `rows`, in order.
+
+  No row occurs twice: fewer batches come when the rows run out, and the last
+  is filled up with padding rows (mask False). None takes every row.
+  """
+  local = _local_slice(batch_size, process_index, process_count)
+  if num_batches is not None and num_batches < 1:
+    raise ValueError(f"num_batches={num_batches} must be at least 1")
+  count = len(rows)
+  if num_batches is not None:
+    count = min(count, batch_size * num_batches)
+  index = np.arange(count) * len(rows) // count
+  for first in range(0, count, batch_size):
+    mine = index[first : first + batch_size][local]
+    batch = rows.take(mine)
+    missing = local.stop - local.start - len(mine)
+    if missing:
+      blank = rows.blank(missing)
+      batch = {k: np.concatenate((v, blank[k])) for k, v in batch.items()}
+    yield batch
+
+
+class Prefetch:
+  """An iterator whose next `size` batches are made in a thread."""
+
+  def __init__(self, iterator: Any, size: int):
+    self._iterator = iterator
+    self._size = size
+    self._state = iterator.get_state()
+    self._waiting: collections.deque[futures.Future] = collections.deque()
+    self._executor = futures.ThreadPoolExecutor(1, "prefetch")
+    self._closed = False
+
+  def __iter__(self) -> "Prefetch":
+    return self
+
+  def __next__(self) -> packing.Batch:
+    if self._closed:
+      raise ValueError("this prefetch iterator is closed: make a new one")
+    while len(self._waiting) <= self._size:
+      future = self._executor.submit(_next_and_state, self._iterator)
+      self._waiting.append(future)
+    try:
+      batch, self._state = self._waiting.popleft().result()
+    except BaseException:
+      # Batches made after the failure must not be taken for the failed one.
+      self.set_state(self._state)
+      raise
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    """The position after the batch returned last, not after those waiting."""
+    return self._state
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._drop_waiting()
+    self._iterator.set_state(state)
+    self._state = state
+
+  def close(self) -> None:
+    """Ends the thread; at most the batch in the making is waited for."""
+    self._closed = True
+    self._drop_waiting()
+    self._executor.shutdown()
+
+  def _drop_waiting(self) -> None:
+    futures.wait([f for f in self._waiting if not f.cancel()])
+    self._waiting.clear()
+
+
+def _next_and_state(iterator: Any) -> tuple[packing.Batch, dict[str, Any]]:
+  return next(iterator), iterator.get_state()
+
+
+def prefetch(iterator: Any, size: int = 2) -> Prefetch:
+  """Keeps `size` batches ready in a thread.
+
+  The iterator needs `get_state` and `set_state`, and is the result's own from
+  here on. An error is raised where the batch would have been, and the position
+  stays before it.
+  """
+  if size < 1:
+    raise ValueError(f"size={size} must be at least 1")
+  return Prefetch(iterator, size)
+
+
+def _local_slice(
+    batch_size: int, process_index: int, process_count: int
+) -> slice:
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+        f"process_index={process_index} must lie in "
+        f"0..process_count-1={process_count - 1}"
+    )
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+        f"batch_size={batch_size} must be a positive multiple of "
+        f"process_count={process_count}"
+    )
+  size = batch_size // process_count
+  return slice(process_index * size, (process_index + 1) * size)
