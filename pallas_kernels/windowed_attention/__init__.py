@@ -1,0 +1,90 @@
+"""Causal grouped-query attention with a sliding window and learned sinks."""
+import jax.numpy as jnp
+
+from pallas_kernels.windowed_attention import chunked, reference
+
+IMPLEMENTATIONS = {"chunked": chunked, "reference": reference}
+
+
+def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
+                       soft_cap=None, segment_ids_BS=None, q_offset: int = 0,
+                       implementation: str = "auto"):
+  """Attention in which a query sees its last `window` keys.
+
+  Args:
+    q_BTNH: queries; query t stands at position t + q_offset.
+    k_BSKH: keys at positions 0 to S - 1; N is a multiple of K.
+    v_BSKH: values.
+    window: how many keys a query sees, its own included; None sees all.
+    scale: multiplies q k.
+    sinks_N: one logit for each query head, unscaled, which joins the softmax
+      and carries no value.
+    soft_cap: scores become soft_cap * tanh(scores / soft_cap).
+    segment_ids_BS: int32; a query sees keys of its own segment only.
+    q_offset: position of the first query.
+    implementation: "chunked" (work proportional to the band, memory O(T)),
+      "reference" (all T x S scores) or "auto".
+
+  Returns:
+    [B, T, N, H] of q's dtype; softmax in float32. Differentiable in q, k, v
+    and the sinks.
+
+  Raises:
+    ValueError: shapes, the window or the implementation do not fit.
+  """
+  _validate(q_BTNH, k_BSKH, v_BSKH, window, sinks_N, segment_ids_BS, q_offset)
+  if implementation == "auto":
+    implementation = "chunked"
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"implementation={implementation!r}: use one of "
+                     f"{('auto', *IMPLEMENTATIONS)}")
+  return IMPLEMENTATIONS[implementation].windowed_attention(
+      q_BTNH, k_BSKH, v_BSKH, window=window, scale=scale, sinks_N=sinks_N,
+      soft_cap=soft_cap, segment_ids_BS=segment_ids_BS, q_offset=q_offset)
+
+
+def cached_attention(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, *,
+                     window, scale, sinks_N=None, soft_cap=None):
+  """Attention of a few queries over a cache whose keys stand in any order.
+
+  Args:
+    q_positions_BT: int32, where each query stands.
+    k_positions_BS: int32, where each cached key stands; -1 marks an empty
+      slot, which no query sees.
+    (The others as in `windowed_attention`.)
+
+  Returns:
+    [B, T, N, H] of q's dtype.
+  """
+  seen_BTS = reference.visible(q_positions_BT, k_positions_BS, window)
+  seen_BTS &= (k_positions_BS >= 0)[:, None]
+  return reference.attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, scale=scale,
+                          sinks_N=sinks_N, soft_cap=soft_cap)
+
+
+def _validate(q, k, v, window, sinks_N, segment_ids_BS, q_offset):
+  if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+    raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected "
+                     "[B, T, N, H] and twice [B, S, K, H]")
+  if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    raise ValueError(f"q {q.shape} and k {k.shape} differ in batch or "
+                     "head_dim")
+  if q.shape[2] % k.shape[2]:
+    raise ValueError(f"{q.shape[2]} query heads are not a multiple of "
+                     f"{k.shape[2]} key heads")
+  if window is not None and window < 1:
+    raise ValueError(f"window={window}: a query sees at least its own key; "
+                     "use None for no window")
+  if sinks_N is not None and sinks_N.shape != (q.shape[2],):
+    raise ValueError(f"sinks {sinks_N.shape}: expected one for each of "
+                     f"{q.shape[2]} query heads")
+  if segment_ids_BS is not None:
+    if segment_ids_BS.shape != k.shape[:2]:
+      raise ValueError(f"segment_ids {segment_ids_BS.shape}: expected "
+                       f"{k.shape[:2]}")
+    if not jnp.issubdtype(segment_ids_BS.dtype, jnp.integer):
+      raise ValueError(f"segment_ids are {segment_ids_BS.dtype}: expected "
+                       "integers")
+  if not 0 <= q_offset <= k.shape[1] - q.shape[1]:
+    raise ValueError(f"q_offset={q_offset} puts {q.shape[1]} queries past "
+                     f"the {k.shape[1]} keys")

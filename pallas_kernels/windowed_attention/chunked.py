@@ -1,0 +1,202 @@
+"""Windowed attention in chunks of queries, by XLA on any platform.
+
+A chunk of C queries reads only the C + W - 1 keys its window can reach, so the
+work is proportional to the band. Without a window the chunks form up to eight
+spans, each of which reads the keys up to its own end: at most 1/16 more than
+causal attention needs, in a program whose size does not depend on T. A chunk
+sees all its keys at once, so its softmax is a single pass, and nothing larger
+than a chunk's scores is ever stored; the backward pass recomputes them from
+the logarithm of the softmax's denominator.
+
+Inside, arrays are B K G T H: one matmul serves all query heads of a key head.
+"""
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.windowed_attention import reference
+
+MAX_SPANS = 8
+
+
+class Options(typing.NamedTuple):
+  window: int | None
+  scale: float
+  soft_cap: float | None
+  q_offset: int
+
+
+class Span(typing.NamedTuple):
+  """Chunks `first` to `last` (not included), which read `keys` keys each."""
+  first: int
+  last: int
+  keys: int
+
+
+def chunk_rows(num_queries: int, window: int | None) -> int:
+  """Queries of a chunk: about the window, from 64 to 256."""
+  rows = 128 if window is None else 1 << (window - 1).bit_length()
+  return min(num_queries, max(64, min(256, rows)))
+
+
+def _spans(num_queries, num_keys, chunk, options) -> list[Span]:
+  num_chunks = -(-num_queries // chunk)
+  if options.window is not None:
+    return [Span(0, num_chunks, min(num_keys, chunk + options.window - 1))]
+  edges = sorted({-(-num_chunks * i // MAX_SPANS)
+                  for i in range(MAX_SPANS + 1)})
+  return [Span(first, last, max(1, min(num_keys,
+                                       options.q_offset + last * chunk)))
+          for first, last in zip(edges, edges[1:])]
+
+
+def _scan(body, carry, span: Span):
+  return lax.scan(lambda c, i: (body(c, i), None), carry,
+                  jnp.arange(span.first, span.last))[0]
+
+
+def _slice(x, start, size, axis):
+  return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _put(x, part, start, axis):
+  return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis)
+
+
+def _starts(i, span, chunk, num_queries, num_keys, options):
+  """First query and first key of chunk i, kept inside the arrays."""
+  q_start = jnp.minimum(i * chunk, num_queries - chunk)
+  if options.window is None:
+    return q_start, 0
+  k_start = q_start + options.q_offset - options.window + 1
+  return q_start, jnp.clip(k_start, 0, num_keys - span.keys)
+
+
+def _scores(q, k, segment_ids_BS, q_start, k_start, options):
+  """Masked scores [B, K, G, C, keys] and tanh(scores / cap), float32."""
+  chunk, keys = q.shape[3], k.shape[2]
+  s = options.scale * jnp.einsum("BKGCH,BKSH->BKGCS", q, k,
+                                 preferred_element_type=jnp.float32)
+  tanh = None
+  if options.soft_cap is not None:
+    tanh = jnp.tanh(s / options.soft_cap)
+    s = options.soft_cap * tanh
+  q_position = q_start + options.q_offset
+  seen = reference.visible(q_position + jnp.arange(chunk),
+                           k_start + jnp.arange(keys), options.window)
+  if segment_ids_BS is not None:
+    q_segment = _slice(segment_ids_BS, q_position, chunk, 1)
+    k_segment = _slice(segment_ids_BS, k_start, keys, 1)
+    seen = seen & (q_segment[:, :, None] == k_segment[:, None])
+    seen = seen[:, None, None]
+  return jnp.where(seen, s, -jnp.inf), tanh
+
+
+def forward(q, k, v, sinks_KG, segment_ids_BS, options: Options):
+  """The output [B, K, G, T, H] and log of the denominator [B, K, G, T]."""
+  *_, num_queries, _ = q.shape
+  num_keys = k.shape[2]
+  chunk = chunk_rows(num_queries, options.window)
+
+  def chunk_forward(span, carry, i):
+    o, lse = carry
+    q_start, k_start = _starts(i, span, chunk, num_queries, num_keys, options)
+    k_chunk = _slice(k, k_start, span.keys, 2)
+    v_chunk = _slice(v, k_start, span.keys, 2)
+    s, _ = _scores(_slice(q, q_start, chunk, 3), k_chunk, segment_ids_BS,
+                   q_start, k_start, options)
+    top = jnp.max(s, -1)
+    if sinks_KG is not None:
+      top = jnp.maximum(top, sinks_KG[..., None])
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    p = jnp.exp(s - top[..., None])
+    total = jnp.sum(p, -1)
+    if sinks_KG is not None:
+      total += jnp.exp(sinks_KG[..., None] - top)
+    total = jnp.where(total == 0, 1, total)
+    o_chunk = jnp.einsum("BKGCS,BKSH->BKGCH", p.astype(v.dtype), v_chunk,
+                         preferred_element_type=jnp.float32)
+    return (_put(o, o_chunk / total[..., None], q_start, 3),
+            _put(lse, top + jnp.log(total), q_start, 3))
+
+  carry = jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32)
+  for span in _spans(num_queries, num_keys, chunk, options):
+    carry = _scan(functools.partial(chunk_forward, span), carry, span)
+  return carry
+
+
+def backward(q, k, v, sinks_KG, segment_ids_BS, o, lse, do, options: Options):
+  """Gradients of q, k, v and the sinks."""
+  num_queries, num_keys = q.shape[3], k.shape[2]
+  chunk = chunk_rows(num_queries, options.window)
+  delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1)
+
+  def chunk_backward(span, carry, i):
+    dq, dk, dv = carry
+    q_start, k_start = _starts(i, span, chunk, num_queries, num_keys, options)
+    q_chunk, do_chunk = (_slice(x, q_start, chunk, 3) for x in (q, do))
+    k_chunk, v_chunk = (_slice(x, k_start, span.keys, 2) for x in (k, v))
+    s, tanh = _scores(q_chunk, k_chunk, segment_ids_BS, q_start, k_start,
+                      options)
+    # The last chunk may begin in rows that the one before has done.
+    new = q_start + jnp.arange(chunk) >= i * chunk
+    p = jnp.exp(s - _slice(lse, q_start, chunk, 3)[..., None])
+    p = jnp.where(new[:, None], p, 0)
+    dp = jnp.einsum("BKGCH,BKSH->BKGCS", do_chunk, v_chunk,
+                    preferred_element_type=jnp.float32)
+    ds = p * (dp - _slice(delta, q_start, chunk, 3)[..., None])
+    if tanh is not None:
+      ds *= 1 - tanh ** 2
+    ds = (options.scale * ds).astype(q.dtype)
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dq_chunk = einsum("BKGCS,BKSH->BKGCH", ds, k_chunk)
+    dq_chunk = jnp.where(new[:, None], dq_chunk,
+                         _slice(dq, q_start, chunk, 3))
+    dk_chunk = einsum("BKGCS,BKGCH->BKSH", ds, q_chunk)
+    dv_chunk = einsum("BKGCS,BKGCH->BKSH", p.astype(do.dtype), do_chunk)
+    return (_put(dq, dq_chunk, q_start, 3),
+            _put(dk, _slice(dk, k_start, span.keys, 2) + dk_chunk, k_start, 2),
+            _put(dv, _slice(dv, k_start, span.keys, 2) + dv_chunk, k_start, 2))
+
+  carry = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+  for span in _spans(num_queries, num_keys, chunk, options):
+    carry = _scan(functools.partial(chunk_backward, span), carry, span)
+  dq, dk, dv = (dx.astype(x.dtype) for dx, x in zip(carry, (q, k, v)))
+  if sinks_KG is None:
+    return dq, dk, dv, None
+  dsinks_KG = -jnp.sum(jnp.exp(sinks_KG[..., None] - lse) * delta, (0, 3))
+  return dq, dk, dv, dsinks_KG
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(options, q, k, v, sinks_KG, segment_ids_BS):
+  return forward(q, k, v, sinks_KG, segment_ids_BS, options)[0]
+
+
+def _attention_forward(options, q, k, v, sinks_KG, segment_ids_BS):
+  o, lse = forward(q, k, v, sinks_KG, segment_ids_BS, options)
+  return o, (q, k, v, sinks_KG, segment_ids_BS, o, lse)
+
+
+def _attention_backward(options, residuals, do):
+  return *backward(*residuals, do, options), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
+                       soft_cap=None, segment_ids_BS=None, q_offset=0):
+  """See the package's `windowed_attention`."""
+  batch, num_queries, num_heads, head_dim = q_BTNH.shape
+  num_kv_heads = k_BSKH.shape[2]
+  q = q_BTNH.reshape(batch, num_queries, num_kv_heads, -1, head_dim)
+  if sinks_N is not None:
+    sinks_N = sinks_N.astype(jnp.float32).reshape(num_kv_heads, -1)
+  o = _attention(Options(window, scale, soft_cap, q_offset),
+                 q.transpose(0, 2, 3, 1, 4), k_BSKH.transpose(0, 2, 1, 3),
+                 v_BSKH.transpose(0, 2, 1, 3), sinks_N, segment_ids_BS)
+  return o.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
