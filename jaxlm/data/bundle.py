@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from jaxlm.data import documents as documents_lib
 from jaxlm.data import fim as fim_lib
 from jaxlm.data import packing
 from jaxlm.data import sources
@@ -56,32 +57,29 @@ def build_dataset(
   documents = sources.load_source(
       source, text_field=text_field, max_documents=max_documents
   )
-  parts = dict(
-      zip(
-          ("train", "heldout"),
-          sources.split_by_file(documents, heldout_fraction, seed),
+  # Splitting first keeps a file on its side whatever the budget.
+  split = documents_lib.split_by_file(documents, heldout_fraction, seed)
+  shares = (1 - heldout_fraction, heldout_fraction)
+  train, heldout = (
+      documents_lib.sample(
+          part,
+          max_documents=_share("max_documents", max_documents, share),
+          max_bytes=_share("max_bytes", max_bytes, share),
       )
+      for part, share in zip(split, shares)
   )
-  for part, share in (
-      ("train", 1 - heldout_fraction),
-      ("heldout", heldout_fraction),
-  ):
-    # Splitting first keeps a file on its side whatever the budget.
-    parts[part] = sources.sample(
-        parts[part],
-        max_documents=_share(max_documents, share),
-        max_bytes=_share(max_bytes, share),
-    )
-  loaded = tokenizers.load_tokenizer(tokenizer, parts["train"])
-  rows = {}
-  for part, rate in (("train", fim_rate), ("heldout", 0.0)):
-    tokens = (loaded.encode(document.text) for document in parts[part])
-    rows[part] = packing.pack(
+  loaded = tokenizers.load_tokenizer(tokenizer, train)
+
+  def packed(part, rate):
+    tokens = (loaded.encode(document.text) for document in part)
+    return packing.pack(
         fim_lib.apply_fim(tokens, loaded.fim, rate, seed),
         seq_len,
         end_of_document=loaded.end_of_document,
         vocab_size=loaded.vocab_size,
     )
+
+  train_rows, heldout_rows = packed(train, fim_rate), packed(heldout, 0.0)
   description = {
       "source": source,
       "tokenizer": tokenizer,
@@ -90,25 +88,23 @@ def build_dataset(
       "heldout_fraction": heldout_fraction,
       "fim_rate": fim_rate,
       "seed": seed,
-      "content_hash": _content_hash(parts["train"] + parts["heldout"]),
-      "train": _describe(parts["train"], rows["train"]),
-      "heldout": _describe(parts["heldout"], rows["heldout"]),
+      "content_hash": _content_hash(train + heldout),
+      "train": _describe(train, train_rows),
+      "heldout": _describe(heldout, heldout_rows),
   }
-  return DataBundle(loaded, rows["train"], rows["heldout"], description)
+  return DataBundle(loaded, train_rows, heldout_rows, description)
 
 
-def _share(limit: int | None, share: float) -> int | None:
+def _share(name: str, limit: int | None, share: float) -> int | None:
   if limit is None:
     return None
   if limit < 1:
-    raise ValueError(
-        f"max_documents or max_bytes is {limit}: must be at least 1"
-    )
+    raise ValueError(f"{name}={limit} must be at least 1")
   return max(1, round(limit * share))
 
 
 def _describe(
-    documents: Sequence[sources.Document], rows: packing.Rows
+    documents: Sequence[documents_lib.Document], rows: packing.Rows
 ) -> dict[str, int]:
   return {
       "files": len(documents),
@@ -118,7 +114,7 @@ def _describe(
   }
 
 
-def _content_hash(documents: Sequence[sources.Document]) -> str:
+def _content_hash(documents: Sequence[documents_lib.Document]) -> str:
   digest = hashlib.sha256()
   for document in documents:
     for part in (document.name, document.text):

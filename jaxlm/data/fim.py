@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from jaxlm.data.tokenizers import FimTokens
+from jaxlm.data.byte_tokenizer import FimTokens
 
 
 def fill_in_the_middle(
@@ -21,30 +21,6 @@ def fill_in_the_middle(
   prefix, middle, suffix = np.split(tokens, [first, second])
   parts = ([fim.prefix], prefix, [fim.suffix], suffix, [fim.middle], middle)
   return np.concatenate(parts).astype(tokens.dtype)
-
-
-def undo_fill_in_the_middle(
-    tokens: np.ndarray, fim: FimTokens
-) -> np.ndarray:
-  """The document that `fill_in_the_middle` was given, [n + 3] -> [n]."""
-  cuts = []
-  for name, token in fim._asdict().items():
-    at = np.flatnonzero(tokens == token)
-    if len(at) != 1:
-      raise ValueError(
-          f"the {name} token {token} occurs {len(at)} times, not once: the "
-          "document was not made by fill_in_the_middle with these tokens"
-      )
-    cuts.append(at[0])
-  prefix, middle, suffix = cuts
-  if not 0 == prefix < suffix < middle:
-    raise ValueError(
-        f"prefix, suffix and middle tokens are at {prefix}, {suffix}, "
-        f"{middle}: expected 0 and then rising"
-    )
-  return np.concatenate(
-      (tokens[1:suffix], tokens[middle + 1 :], tokens[suffix + 1 : middle])
-  )
 
 
 def apply_fim(

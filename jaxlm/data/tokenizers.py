@@ -1,8 +1,4 @@
-"""Text to token ids and back.
-
-Encoding never adds special tokens and never reads them from the text: a file
-that contains "<|endoftext|>" is encoded letter by letter.
-"""
+"""Tokenizers by name: bytes, BPE trained here, tokenizer.json, tiktoken."""
 
 import hashlib
 import json
@@ -11,46 +7,17 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import tokenizers as hf_tokenizers
 
-from jaxlm.data.sources import Document
-
-
-class FimTokens(NamedTuple):
-  """Ids that mark the parts of a fill-in-the-middle document."""
-
-  prefix: int
-  middle: int
-  suffix: int
-
-
-class Tokenizer(Protocol):
-  """What the data pipeline and generation need of a tokenizer."""
-
-  vocab_size: int
-  end_of_document: int
-  fim: FimTokens | None
-
-  def encode(self, text: str) -> np.ndarray:
-    """Token ids, int32 [n]."""
-
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Text; special tokens are written by their names."""
-
-  def token_bytes(self) -> np.ndarray:
-    """UTF-8 bytes each token stands for, int32 [vocab_size]; special: 0."""
-
-
-_END_OF_DOCUMENT = "<|end_of_document|>"
-_FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
-_SPECIAL = (_END_OF_DOCUMENT, *_FIM)
+from jaxlm.data import byte_tokenizer
+from jaxlm.data.byte_tokenizer import check_ids, FimTokens, Tokenizer
+from jaxlm.data.documents import Document
 
 # Names in published tokenizers, the more specific first.
 _KNOWN_ENDS = (
-    _END_OF_DOCUMENT,
+    byte_tokenizer.END_OF_DOCUMENT,
     "<|endoftext|>",
     "<|end_of_text|>",
     "<｜end▁of▁sentence｜>",
@@ -58,7 +25,7 @@ _KNOWN_ENDS = (
     "<eos>",
 )
 _KNOWN_FIM = (
-    _FIM,
+    byte_tokenizer.FIM,
     ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
     ("<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜fim▁hole｜>"),
 )
@@ -73,7 +40,7 @@ def load_tokenizer(
   """
   kind, _, rest = spec.partition(":")
   if spec == "bytes":
-    return ByteTokenizer()
+    return byte_tokenizer.ByteTokenizer()
   if kind == "bpe" and rest.isdecimal():
     if documents is None:
       raise ValueError(f"tokenizer={spec!r} needs documents to train on")
@@ -86,26 +53,6 @@ def load_tokenizer(
       f"tokenizer={spec!r} is not known: use 'bytes', 'bpe:VOCAB' (such as "
       "'bpe:4096'), 'json:PATH' or 'tiktoken:NAME'"
   )
-
-
-class ByteTokenizer:
-  """UTF-8 bytes, then end_of_document and the three FIM tokens."""
-
-  vocab_size = 256 + len(_SPECIAL)
-  end_of_document = 256
-  fim = FimTokens(257, 258, 259)
-
-  def encode(self, text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
-
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    pieces = [bytes([i]) for i in range(256)]
-    pieces += [name.encode() for name in _SPECIAL]
-    ids = _checked(ids, self.vocab_size)
-    return b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
-
-  def token_bytes(self) -> np.ndarray:
-    return (np.arange(self.vocab_size) < 256).astype(np.int32)
 
 
 class HuggingFaceTokenizer:
@@ -134,11 +81,7 @@ class HuggingFaceTokenizer:
           f"end_of_document, one of {[t.content for t in added if t.special]}"
       )
     self.end_of_document = found[0]
-    self.fim = None
-    for triple in _KNOWN_FIM:
-      if all(name in vocab for name in triple):
-        self.fim = FimTokens(*(vocab[name] for name in triple))
-        break
+    self.fim = _find_fim(vocab)
 
   @classmethod
   def from_file(
@@ -159,7 +102,7 @@ class HuggingFaceTokenizer:
     return np.asarray(encoding.ids, np.int32)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    ids = _checked(ids, self.vocab_size)
+    ids = check_ids(ids, self.vocab_size)
     return self._tokenizer.decode(ids, skip_special_tokens=False)
 
   def token_bytes(self) -> np.ndarray:
@@ -188,6 +131,13 @@ class HuggingFaceTokenizer:
     )
 
 
+def _find_fim(vocab: dict[str, int]) -> FimTokens | None:
+  for names in _KNOWN_FIM:
+    if all(name in vocab for name in names):
+      return FimTokens(*(vocab[name] for name in names))
+  return None
+
+
 def _sentencepiece_bytes(piece: str) -> int:
   if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
     return 1
@@ -202,7 +152,7 @@ def train_bpe(
   The result is kept in $JAXLM_CACHE (default ~/.cache/jaxlm) under a hash of
   the text and the size. A small text may yield fewer ids than asked for.
   """
-  least = 256 + len(_SPECIAL)
+  least = 256 + len(byte_tokenizer.SPECIAL)
   if vocab_size < least:
     raise ValueError(
         f"bpe vocabulary {vocab_size} is too small: {least} ids are taken by "
@@ -223,7 +173,7 @@ def train_bpe(
     tokenizer.decoder = hf_tokenizers.decoders.ByteLevel()
     trainer = hf_tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(_SPECIAL),
+        special_tokens=list(byte_tokenizer.SPECIAL),
         initial_alphabet=pre_tokenizer.alphabet(),
         show_progress=False,
     )
@@ -249,8 +199,7 @@ class TiktokenTokenizer:
           f"its special tokens {sorted(special)}: use another encoding"
       )
     self.end_of_document = special["<|endoftext|>"]
-    has_fim = all(name in special for name in _FIM)
-    self.fim = FimTokens(*(special[n] for n in _FIM)) if has_fim else None
+    self.fim = _find_fim(special)
 
   @classmethod
   def from_name(cls, name: str) -> "TiktokenTokenizer":
@@ -273,13 +222,13 @@ class TiktokenTokenizer:
     return np.asarray(self._encoding.encode_ordinary(text), np.int32)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    ids = _checked(ids, self.vocab_size)
+    ids = check_ids(ids, self.vocab_size)
     try:
       return self._encoding.decode(ids)
     except KeyError as error:
       raise ValueError(
-          f"token id {error} is a hole in the vocabulary of "
-          f"{self._encoding.name!r}: it stands for nothing"
+          f"tiktoken encoding {self._encoding.name!r} cannot decode {ids}: "
+          f"{error.args[0]}; its vocabulary has holes"
       ) from error
 
   def token_bytes(self) -> np.ndarray:
@@ -287,16 +236,6 @@ class TiktokenTokenizer:
     for piece in self._encoding.token_byte_values():
       sizes[self._encoding.encode_single_token(piece)] = len(piece)
     return sizes
-
-
-def _checked(ids: Sequence[int] | np.ndarray, vocab_size: int) -> list[int]:
-  ids = np.asarray(ids).reshape(-1)
-  if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-    raise ValueError(
-        f"token ids {ids.min()}..{ids.max()} reach outside the vocabulary of "
-        f"{vocab_size}: is this the tokenizer that the model was trained with?"
-    )
-  return [int(i) for i in ids]
 
 
 def _cache_dir() -> pathlib.Path:
