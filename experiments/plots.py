@@ -13,7 +13,7 @@ from experiments import verdicts
 from experiments.claims import METRICS
 from experiments.wording import number, signed, size
 
-INK, FAINT, LINE = "#1f2328", "#59636e", "#d1d9e0"
+INK, FAINT, LINE, PAGE = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
 # Okabe and Ito's palette, told apart by colour-blind eyes; the baseline is ink.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", "--", ":")
@@ -52,7 +52,7 @@ def svg(figure: Figure, name: str) -> str:
   text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
   text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
   for variable, colour in [
-      ("ink", INK), ("faint", FAINT), ("line", LINE),
+      ("ink", INK), ("faint", FAINT), ("line", LINE), ("page", PAGE),
       *((f"arm{i}", colour) for i, colour in enumerate(PALETTE))]:
     text = text.replace(colour, f"var(--{variable})")
   return text
@@ -61,7 +61,7 @@ def svg(figure: Figure, name: str) -> str:
 def png(figure: Figure) -> bytes:
   buffer = io.BytesIO()
   with matplotlib.rc_context(STYLE):
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=150, facecolor=PAGE)
   return buffer.getvalue()
 
 
@@ -90,7 +90,7 @@ def forest(results, analysis):
       axes.plot([difference.low, difference.high], [place] * 2, color=colour,
                 linewidth=2.2, solid_capstyle="round")
     axes.plot(difference.mean, place, "o", markersize=7, color=colour,
-              markerfacecolor=colour if difference.direction else "white")
+              markerfacecolor=colour if difference.direction else PAGE)
   axes.set_yticks(range(len(rows)), [arm for arm, _ in rows])
   axes.set_ylim(len(rows) - 0.4, -0.6)
   axes.grid(visible=False, axis="y")
@@ -155,8 +155,8 @@ def speeds(results, analysis):
   return _bars(results, analysis, "speeds", (
       ("tokens_per_second", "training"),
       ("prefill_tokens_per_second", "prefill"),
-      ("decode_tokens_per_second", "decode, one stream")), number,
-      "Tokens a second; more is better.")
+      ("decode_tokens_per_second", "decode")), number,
+      "Tokens a second (decode: one stream); more is better.")
 
 
 def memory(results, analysis):
@@ -191,7 +191,7 @@ def router_load(results, analysis):
     axes.grid(visible=False)
     image = axes.imshow(load, aspect="auto", cmap="cividis", vmin=0, vmax=high,
                         interpolation="nearest")
-    axes.set_title(f"{arm}, {load.shape[1]} experts", loc="left", color=INK)
+    axes.set_title(arm, loc="left", color=INK)
     axes.set_xticks([])
     axes.set_yticks(
         [0, len(load) - 1] if len(load) > 1 else [0],

@@ -14,6 +14,7 @@ import jinja2
 import rich.box
 import rich.console
 import rich.table
+import rich.text
 
 from experiments import plots
 from experiments import results as results_lib
@@ -28,7 +29,7 @@ COLUMNS = (  # heading, key of a row
     ("difference to the baseline", "difference"), ("bits/byte", "bits"),
     ("training tokens/s", "training"), ("prefill tokens/s", "prefill"),
     ("decode tokens/s", "decode"), ("peak memory", "memory"),
-    ("KV bytes a token", "kv"))
+    ("KV bytes/token", "kv"))
 
 TERMINAL_COLUMNS = (
     ("held-out loss", "loss"), ("against baseline", "difference"),
@@ -69,7 +70,7 @@ def print_table(workdir, console: rich.console.Console | None = None) -> None:
   console = console or rich.console.Console()
   content, _ = _content(workdir, draw=False)
   table = rich.table.Table(
-      title=content["ablation"].question, title_justify="left",
+      title=rich.text.Text(content["ablation"].question), title_justify="left",
       box=rich.box.SIMPLE_HEAD, pad_edge=False)
   table.add_column("arm", overflow="fold")
   for heading, key in TERMINAL_COLUMNS:
@@ -187,8 +188,13 @@ def _environment():
       keep_trailing_newline=True)
   environment.filters.update(
       finding=wording.finding, percent=wording.percent, quantity=_quantity,
-      cell=lambda text: " ".join(str(text).split()).replace("|", "\\|"))
+      cell=_cell)
   return environment
+
+
+def _cell(text):
+  """Plain text for Markdown: one line, no table column, no HTML."""
+  return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _quantity(value):

@@ -162,7 +162,8 @@ class Speed:
   """What an arm costs. None (or an empty list) is what was not measured.
 
   *_tokens_per_second: repeated measurements (one stream for decode).
-  peak_memory_bytes: of a training step.
+  peak_memory_bytes: of a training step, as the compiler counts it, so that it
+    is the same every time; so is kv_bytes_per_token.
   """
   prefill_tokens_per_second: list[float] = dataclasses.field(
       default_factory=list)

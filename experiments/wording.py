@@ -55,8 +55,7 @@ def difference(comparison) -> str:
 def finding(comparison) -> str:
   """What one comparison of a claim measured, in one line."""
   metric = METRICS[comparison.metric]
-  sign = "/" if metric.ratio else "\u2212"
-  text = (f"{metric.label}, {comparison.a} {sign} {comparison.b}: "
+  text = (f"{metric.label}, {comparison.a} against {comparison.b}: "
           f"{difference(comparison)}")
   found = comparison.difference
   if found is None:
@@ -85,8 +84,8 @@ def answer(results, analysis) -> str:
             f"{baseline} have finished a seed in common.")
   if count == 1:
     arm, found = min(compared.items(), key=lambda item: item[1].mean)
-    first = (f"{arm} had the lowest held-out loss, {-found.mean:.4f} nats/token "
-             f"below the baseline {baseline}" if found.mean < 0 else
+    first = (f"{arm} had the lowest held-out loss, {-found.mean:.4f} "
+             f"nats/token below the baseline {baseline}" if found.mean < 0 else
              f"No arm had a lower held-out loss than the baseline {baseline}")
     return (f"{first}; but this is one seed, which cannot tell a difference "
             "from chance. Run several seeds for an answer.")
@@ -154,9 +153,10 @@ def methods(results, analysis) -> list[tuple[str, str]]:
           "every arm's held-out loss against the baseline's, and every other "
           "pair that a claim needs, fixed before the first run. Intervals are "
           f"Bonferroni's: {level:.4g} % each, 95 % for all at once; verdicts "
-          "follow them. p-values are adjusted by Holm's rule, which is "
-          "the less strict of the two. The smallest effect is the true difference that such an interval would tell "
-          "from zero with a chance of 80 %, given the spread seen.")),
+          "follow them. p-values are adjusted by Holm's rule, the less strict "
+          "of the two. The smallest effect is the true difference that such "
+          "an interval would tell from zero with a chance of 80 %, given the "
+          "spread seen.")),
       ("Speed and memory", (
           "Training speed is the median over a run's steps, compilation "
           "excluded, compared seed by seed as a ratio. Prefill and decode "
@@ -186,7 +186,7 @@ def _extreme(results, analysis, metric, said, of):
       arm: value for arm in results.runs
       if (value := typical(results, arm, metric, analysis.seeds))}
   baseline = results.ablation.baseline
-  if baseline not in found or len(found) < 2:
+  if baseline not in found or len(set(found.values())) < 2:
     return ""
   best = (min if METRICS[metric].lower_is_better else max)(
       found, key=found.get)
@@ -205,7 +205,8 @@ def _scaled(value, units):
 
 
 def _p(value: float) -> str:
-  return f"p = {value:.2g}" if value >= 0.001 else "p < 0.001"
+  return f"p\u00a0=\u00a0{value:.2g}" if value >= 0.001 else (
+      "p\u00a0<\u00a00.001")
 
 
 def _range(values) -> str:
@@ -222,4 +223,5 @@ def _joined(words) -> str:
 
 def _listed(arms, compared) -> str:
   return _joined(
-      f"{arm} ({signed(compared[arm].mean, '+.4f')} nats/token)" for arm in arms)
+      f"{arm} ({signed(compared[arm].mean, '+.4f')} nats/token)"
+      for arm in arms)
