@@ -233,8 +233,9 @@ class ModelConfig:
   everywhere without `moe`).
 
   `max_positions` > 0 adds learned positions (GPT-2). `scale_embeddings`
-  multiplies embeddings by sqrt(d_model). `dropout` acts on embeddings,
-  attention weights and what sub-layers write, while training.
+  multiplies embeddings by sqrt(d_model). `dropout` acts on embeddings and on
+  what sub-layers write, while training; not on attention weights, which are
+  never stored.
   """
   vocab_size: int
   d_model: int

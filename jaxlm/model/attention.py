@@ -1,0 +1,80 @@
+"""Grouped-query attention over a sequence, or over a cache."""
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxlm.config import AttentionConfig, NormConfig
+from jaxlm.model import cache as cache_lib
+from jaxlm.model.layers import Norm, fan_in, weight
+from jaxlm.model.rope import rotate
+from pallas_kernels.windowed_attention import (cached_attention,
+                                               windowed_attention)
+
+
+class Attention(nn.Module):
+  """`kind` is "sliding" or "full"; `norm` is the QK-norm's."""
+  config: AttentionConfig
+  kind: str
+  norm: NormConfig
+  residual_scale: float
+  implementation: str
+
+  @nn.compact
+  def __call__(self, x_BTD, context, cache=None):
+    """[B, T, D] to [B, T, D] and the cache, grown by these tokens if given.
+
+    With a cache, T > 1 tokens are a prompt that begins an empty cache; a
+    single token attends over what the cache holds.
+    """
+    config = self.config
+    q, k, v = self._project_in(x_BTD)
+    if config.qk_norm:
+      q = Norm(self.norm, name="q_norm")(q)
+      k = Norm(self.norm, name="k_norm")(k)
+    table = context.rope[self.kind]
+    q, k = rotate(q, table), rotate(k, table)
+    sinks = None
+    if config.sinks:
+      sinks = weight(self, "sinks", (config.num_heads,), ("heads",),
+                     nn.initializers.zeros)
+    options = dict(
+        window=config.sliding_window if self.kind == "sliding" else None,
+        scale=config.query_scale, sinks_N=sinks, soft_cap=config.soft_cap)
+    if cache is not None:
+      cache = cache_lib.write(cache, k, v, context.positions_BT)
+    if cache is not None and x_BTD.shape[1] == 1:
+      o = cached_attention(q, cache.k_BSKH.astype(q.dtype),
+                           cache.v_BSKH.astype(q.dtype), context.positions_BT,
+                           cache.positions_BS, **options)
+    else:
+      o = windowed_attention(q, k, v, segment_ids_BS=context.segment_ids_BT,
+                             implementation=self.implementation, **options)
+    return self._project_out(o, x_BTD.shape[-1]), cache
+
+  def _project_in(self, x_BTD):
+    config, d_model = self.config, x_BTD.shape[-1]
+    projected = []
+    for name, heads in (("q", config.num_heads), ("k", config.num_kv_heads),
+                        ("v", config.num_kv_heads)):
+      axis = "heads" if name == "q" else "kv_heads"
+      w_DNH = weight(self, f"{name}_proj", (d_model, heads, config.head_dim),
+                     ("embed", axis, "head_dim"), fan_in(axis=-3))
+      y = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH.astype(x_BTD.dtype))
+      if name in config.biases:
+        bias = weight(self, f"{name}_bias", (heads, config.head_dim),
+                      (axis, "head_dim"), nn.initializers.zeros)
+        y += bias.astype(y.dtype)
+      projected.append(y)
+    return projected
+
+  def _project_out(self, o_BTNH, d_model):
+    config = self.config
+    w_NHD = weight(self, "o_proj",
+                   (config.num_heads, config.head_dim, d_model),
+                   ("heads", "head_dim", "embed"),
+                   fan_in(self.residual_scale, axis=(-3, -2)))
+    y_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, w_NHD.astype(o_BTNH.dtype))
+    if "o" in config.biases:
+      bias = weight(self, "o_bias", (d_model,), ("embed",),
+                    nn.initializers.zeros)
+      y_BTD += bias.astype(y_BTD.dtype)
+    return y_BTD

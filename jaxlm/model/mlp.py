@@ -1,0 +1,79 @@
+"""Feed-forward networks: dense ones, and what an expert computes."""
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import MLPConfig
+from jaxlm.model.layers import fan_in, weight
+
+SWIGLU_ALPHA = 1.702
+
+
+def _clamped_swiglu(gate, up, limit: float):
+  """gpt-oss's SwiGLU: both sides clamped, up shifted by one."""
+  gate = jnp.minimum(gate, limit)
+  up = jnp.clip(up, -limit, limit)
+  return gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+def activate(h, config: MLPConfig):
+  """[..., 2F] (gate and up) or, not gated, [..., F] to [..., F]."""
+  if not config.gated:
+    return ACTIVATIONS[config.activation](h)
+  if config.interleaved:
+    gate, up = h[..., ::2], h[..., 1::2]
+  else:
+    gate, up = jnp.split(h, 2, -1)
+  if config.activation == "clamped_swiglu":
+    return _clamped_swiglu(gate, up, config.swiglu_limit)
+  return ACTIVATIONS[config.activation](gate) * up
+
+
+def mlp_weights(module: nn.Module, config: MLPConfig, d_model: int,
+                residual_scale: float, experts: tuple[int, ...] = ()):
+  """The weights of one network, or with `experts=(E,)` of E of them.
+
+  Returns (first [D, 2F or F], its bias, down [F, D], its bias), each with a
+  leading E if asked for; biases are None without `bias`. The first is called
+  `gate_up` when gated, `up` otherwise.
+  """
+  e_axis = ("expert",) * len(experts)
+  width = config.d_ff * (2 if config.gated else 1)
+  name = "gate_up" if config.gated else "up"
+  first = weight(module, name, (*experts, d_model, width),
+                 (*e_axis, "embed", "mlp"), fan_in())
+  down = weight(module, "down", (*experts, config.d_ff, d_model),
+                (*e_axis, "mlp", "embed"), fan_in(residual_scale))
+  if not config.bias:
+    return first, None, down, None
+  zeros = nn.initializers.zeros
+  return (first,
+          weight(module, name + "_bias", (*experts, width),
+                 (*e_axis, "mlp"), zeros),
+          down,
+          weight(module, "down_bias", (*experts, d_model),
+                 (*e_axis, "embed"), zeros))
+
+
+class MLP(nn.Module):
+  config: MLPConfig
+  residual_scale: float
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    dtype = x_BTD.dtype
+    first, first_bias, down, down_bias = mlp_weights(
+        self, self.config, x_BTD.shape[-1], self.residual_scale)
+    h = x_BTD @ first.astype(dtype)
+    if first_bias is not None:
+      h += first_bias.astype(dtype)
+    y_BTD = activate(h, self.config) @ down.astype(dtype)
+    return y_BTD if down_bias is None else y_BTD + down_bias.astype(dtype)

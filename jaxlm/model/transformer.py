@@ -1,0 +1,308 @@
+"""The decoder, as pure functions of (config, params, tokens).
+
+Parameters are a nested dict of float32 arrays:
+
+  embedding [V, D]   positions [max_positions, D] (GPT-2)
+  stack_0, stack_1, ...   runs of layers (`jaxlm.config.stacks`), each a dict
+    layer_0, layer_1, ...   of the layers of its period, whose leaves have the
+    number of repeats in front
+  final_norm   unembedding [D, V] (not tied)
+"""
+import dataclasses
+import functools
+import typing
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import LayerKind, ModelConfig, Stack, stacks
+from jaxlm.model.attention import Attention
+from jaxlm.model.cache import LayerCache
+from jaxlm.model.layers import Norm, dropout, fan_in, soft_cap, weight
+from jaxlm.model.mlp import MLP
+from jaxlm.model.moe import MoE
+from jaxlm.model.rope import RopeTable, rope_table
+from jaxlm.model.routing import RouterOutput
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+  """How a model is run; none of it changes what it computes.
+
+  dtype: of activations. remat: what the backward pass computes again: "none",
+  "dots" (all but matmuls) or "full" (whole layers). scan_layers: one program
+  for all layers of a run, or one for each. attention, experts: the
+  implementations of `pallas_kernels`' two operations.
+  """
+  dtype: str = "float32"
+  remat: str = "none"
+  scan_layers: bool = True
+  attention: str = "auto"
+  experts: str = "auto"
+
+  def __post_init__(self):
+    if self.remat not in REMAT_POLICIES:
+      raise ValueError(f"remat={self.remat!r}: use one of "
+                       f"{tuple(REMAT_POLICIES)}")
+    if self.dtype not in ("float32", "bfloat16", "float16"):
+      raise ValueError(f"dtype={self.dtype!r}: use 'float32', 'bfloat16' or "
+                       "'float16'")
+
+
+class Context(typing.NamedTuple):
+  """What every layer sees. `key` is there while training only."""
+  rope: dict[str, RopeTable | None]
+  positions_BT: jax.Array
+  segment_ids_BT: jax.Array | None
+  key: jax.Array | None
+
+
+class Output(typing.NamedTuple):
+  """The last hidden states, normalised, and for expert layers their router's
+  report, with the number of such layers in front (None without)."""
+  hidden_BTD: jax.Array
+  router: RouterOutput | None
+
+
+class Layer(nn.Module):
+  """Attention and feed-forward, each with norms and a residual."""
+  config: ModelConfig
+  kind: LayerKind
+  execution: Execution
+
+  @nn.compact
+  def __call__(self, x_BTD, index, context: Context, cache=None):
+    config, execution = self.config, self.execution
+    residual_scale = (2 * config.num_layers) ** -0.5
+    keys = [None] * 3
+    if context.key is not None:
+      keys = jax.random.split(jax.random.fold_in(context.key, index), 3)
+
+    def norm(x, name):
+      return Norm(config.norm, name=name)(x)
+
+    def add(x, y, name, key):
+      if config.norm.placement == "pre_and_post":
+        y = norm(y, name)
+      return x + dropout(y, config.dropout, key)
+
+    y, cache = Attention(
+        config.attention, self.kind.attention, config.norm, residual_scale,
+        execution.attention, name="attention")(
+            norm(x_BTD, "attention_norm"), context, cache)
+    x_BTD = add(x_BTD, y, "attention_post_norm", keys[0])
+    y, router = norm(x_BTD, "mlp_norm"), None
+    if self.kind.moe:
+      y, router = MoE(config.moe, residual_scale, execution.experts,
+                      name="moe")(y, keys[2])
+    else:
+      y = MLP(config.mlp, residual_scale, name="mlp")(y)
+    return add(x_BTD, y, "mlp_post_norm", keys[1]), router, cache
+
+
+class Period(nn.Module):
+  """One repeat of a stack: its kinds of layer, one after the other."""
+  config: ModelConfig
+  kinds: tuple[LayerKind, ...]
+  execution: Execution
+
+  @nn.compact
+  def __call__(self, x_BTD, index, context: Context):
+    routers = []
+    for i, kind in enumerate(self.kinds):
+      layer = Layer
+      if self.execution.remat != "none":
+        layer = nn.remat(
+            Layer, policy=REMAT_POLICIES[self.execution.remat],
+            prevent_cse=not self.execution.scan_layers)
+      x_BTD, router, _ = layer(self.config, kind, self.execution,
+                               name=f"layer_{i}")(x_BTD, index + i, context)
+      if router is not None:
+        routers.append(router)
+    return x_BTD, routers
+
+
+class Decoder(nn.Module):
+  config: ModelConfig
+  execution: Execution
+
+  @nn.compact
+  def __call__(self, tokens_BT, context: Context) -> Output:
+    config = self.config
+    x_BTD = Embedding(config, self.execution, name="embed")(tokens_BT, context)
+    routers = []
+    for i, stack in enumerate(stacks(config)):
+      x_BTD, stacked = self._stack(f"stack_{i}", stack)(
+          x_BTD, stack.start + len(stack.kinds) * jnp.arange(stack.repeats),
+          context)
+      if stacked:
+        routers.append(jax.tree.map(_interleave, *stacked))
+    hidden_BTD = Norm(config.norm, name="final_norm")(x_BTD)
+    if self.is_initializing() and not config.tie_embeddings:
+      weight(self, "unembedding", (config.d_model, config.vocab_size),
+             ("embed", "vocab"), fan_in())
+    router = (jax.tree.map(lambda *x: jnp.concatenate(x), *routers)
+              if routers else None)
+    return Output(hidden_BTD, router)
+
+  def _stack(self, name: str, stack: Stack):
+    return nn.scan(
+        Period, variable_axes={"params": 0}, split_rngs={"params": True},
+        in_axes=(0, nn.broadcast), length=stack.repeats,
+        unroll=1 if self.execution.scan_layers else stack.repeats,
+        metadata_params={nn.PARTITION_NAME: "layers"})(
+            self.config, stack.kinds, self.execution, name=name)
+
+
+def _interleave(*of_each_kind):
+  """[repeats, ...] of each kind of a period, in the order of the layers."""
+  x = jnp.stack(of_each_kind, 1)
+  return x.reshape(-1, *x.shape[2:])
+
+
+class Embedding(nn.Module):
+  """Tokens, and learned positions if any, to [B, T, D]."""
+  config: ModelConfig
+  execution: Execution
+
+  @nn.compact
+  def __call__(self, tokens_BT, context: Context):
+    config, dtype = self.config, jnp.dtype(self.execution.dtype)
+    normal = nn.initializers.normal(
+        config.d_model ** -0.5 if config.scale_embeddings else 0.02)
+    table = weight(self, "embedding", (config.vocab_size, config.d_model),
+                   ("vocab", "embed"), normal)
+    x_BTD = table[tokens_BT].astype(dtype)
+    if config.scale_embeddings:
+      x_BTD *= jnp.sqrt(jnp.float32(config.d_model)).astype(dtype)
+    if config.max_positions:
+      positions = weight(self, "positions",
+                         (config.max_positions, config.d_model),
+                         ("positions", "embed"), nn.initializers.normal(0.02))
+      x_BTD += positions[context.positions_BT].astype(dtype)
+    key = context.key
+    if key is not None:
+      key = jax.random.fold_in(key, config.num_layers)
+    return dropout(x_BTD, config.dropout, key)
+
+
+def make_context(config: ModelConfig, tokens_BT, positions_BT=None,
+                 segment_ids_BT=None, key=None) -> Context:
+  attention = config.attention
+  if positions_BT is None:
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+  rope = {kind: rope_table(config_, attention.head_dim, positions_BT)
+          for kind, config_ in (("full", attention.rope_full),
+                                ("sliding", attention.rope_sliding))}
+  positions_BT = jnp.broadcast_to(positions_BT, tokens_BT.shape)
+  return Context(rope, positions_BT, segment_ids_BT, key)
+
+
+def init_variables(config: ModelConfig, key):
+  """Initial parameters, boxed with the logical axes of each."""
+  tokens_BT = jnp.zeros((1, 1), jnp.int32)
+  return Decoder(config, Execution()).init(
+      key, tokens_BT, make_context(config, tokens_BT))["params"]
+
+
+def init_params(config: ModelConfig, key) -> dict:
+  """Initial parameters, float32.
+
+  Matrices are normal with variance 1 / fan-in, those that write into the
+  residual stream also divided by twice the number of layers; embeddings have
+  standard deviation 0.02 (d_model^-0.5 when they are scaled).
+  """
+  return nn.unbox(init_variables(config, key))
+
+
+def abstract_params(config: ModelConfig) -> dict:
+  """The tree of `init_params` as ShapeDtypeStructs, nothing computed."""
+  return jax.eval_shape(functools.partial(init_params, config),
+                        jax.random.key(0))
+
+
+def forward(config: ModelConfig, params: dict, tokens_BT, *,
+            execution: Execution = Execution(), positions_BT=None,
+            segment_ids_BT=None, key=None) -> Output:
+  """The last hidden states of a batch of sequences.
+
+  Args:
+    tokens_BT: int32.
+    positions_BT: where tokens stand; 0 to T - 1 by default. The window and
+      causality follow the order of the tokens.
+    segment_ids_BT: int32; attention stays within equal ids.
+    key: turns on what belongs to training alone (dropout, router noise).
+
+  Raises:
+    ValueError: more tokens than learned positions.
+  """
+  if config.max_positions and tokens_BT.shape[1] > config.max_positions:
+    raise ValueError(f"{tokens_BT.shape[1]} tokens, but the model has "
+                     f"{config.max_positions} learned positions")
+  context = make_context(config, tokens_BT, positions_BT, segment_ids_BT, key)
+  return Decoder(config, execution).apply({"params": params}, tokens_BT,
+                                          context)
+
+
+def unembedding(config: ModelConfig, params: dict):
+  """The matrix [D, V] that turns hidden states into logits."""
+  return (params["embed"]["embedding"].T if config.tie_embeddings
+          else params["unembedding"])
+
+
+def logits(config: ModelConfig, params: dict, hidden_BTD):
+  """[..., V] float32, soft-capped if the model does."""
+  table_DV = unembedding(config, params).astype(hidden_BTD.dtype)
+  y = jnp.einsum("...D,DV->...V", hidden_BTD, table_DV,
+                 preferred_element_type=jnp.float32)
+  return soft_cap(y, config.final_soft_cap)
+
+
+def unstack_layers(config: ModelConfig, params: dict) -> list[dict]:
+  """The parameters of each layer, in order, as decoding holds them."""
+  layers = []
+  for i, stack in enumerate(stacks(config)):
+    for repeat in range(stack.repeats):
+      for j in range(len(stack.kinds)):
+        layers.append(jax.tree.map(lambda x: x[repeat],
+                                   params[f"stack_{i}"][f"layer_{j}"]))
+  return layers
+
+
+def forward_with_cache(config: ModelConfig, params: dict,
+                       layer_params: list[dict], cache: list[LayerCache],
+                       tokens_BT, positions_BT, *,
+                       execution: Execution = Execution()):
+  """Hidden states of new tokens, and the cache with them in it.
+
+  Layers run one after the other, not scanned: a scan would copy the cache and
+  each layer's weights at every step.
+
+  Args:
+    layer_params: `unstack_layers(config, params)`.
+    cache: of these sequences. T > 1 tokens must be a prompt that begins an
+      empty cache.
+    positions_BT: int32, where the tokens stand; -1 marks padding, which may
+      stand to the left of a prompt.
+  """
+  segment_ids_BT = None
+  if tokens_BT.shape[1] > 1:
+    segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
+  context = make_context(config, tokens_BT, positions_BT, segment_ids_BT)
+  x_BTD = Embedding(config, execution).apply(
+      {"params": params["embed"]}, tokens_BT, context)
+  new_cache = []
+  for index, (kind, p, layer_cache) in enumerate(
+      zip(config.layers, layer_params, cache, strict=True)):
+    x_BTD, _, layer_cache = Layer(config, kind, execution).apply(
+        {"params": p}, x_BTD, index, context, layer_cache)
+    new_cache.append(layer_cache)
+  hidden_BTD = Norm(config.norm).apply({"params": params["final_norm"]}, x_BTD)
+  return hidden_BTD, new_cache
