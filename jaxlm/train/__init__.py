@@ -1,0 +1,9 @@
+"""Training: a pure step, and a loop that survives being killed."""
+
+from jaxlm.train.optimizer import OptimizerConfig
+from jaxlm.train.step import Balancing
+from jaxlm.train.step import eval_step
+from jaxlm.train.step import init_state
+from jaxlm.train.step import train_step
+from jaxlm.train.step import TrainConfig
+from jaxlm.train.step import TrainState
