@@ -13,7 +13,7 @@ class _Parts:
 
   @property
   def total(self):
-    return sum(dataclasses.astuple(self))
+    return sum(vars(self).values())
 
 
 @dataclasses.dataclass(frozen=True)
