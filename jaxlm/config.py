@@ -341,6 +341,8 @@ def from_dict(cls, values: dict, path: str = ""):
   if not isinstance(values, dict):
     raise ValueError(f"{where}={values!r}: expected a mapping of the fields "
                      f"of {cls.__name__}")
+  if values.get("type", cls.__name__) != cls.__name__:
+    raise ValueError(f"{where}.type={values['type']!r}: use {cls.__name__!r}")
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in dataclasses.fields(cls)}
   values = {k: v for k, v in values.items() if k != "type"}

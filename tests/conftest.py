@@ -1,0 +1,113 @@
+"""Fixtures that look into what a function computes, by its jaxpr."""
+import functools
+import math
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+import pytest
+
+
+def _inner(eqn):
+  """The jaxprs inside an equation: a call's, a loop's, the branches'."""
+  for value in eqn.params.values():
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+      if isinstance(item, ClosedJaxpr):
+        yield item.jaxpr
+      elif isinstance(item, Jaxpr):
+        yield item
+
+
+def _equations(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in _inner(eqn):
+      yield from _equations(inner)
+
+
+def _multiplies(jaxpr) -> bool:
+  return any(eqn.primitive.name == "dot_general" for eqn in _equations(jaxpr))
+
+
+def _flops_of_dot(eqn) -> int:
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  left = eqn.invars[0].aval.shape
+  return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(
+      left[axis] for axis in contracted)
+
+
+def _read(values, variables):
+  return [v.val if isinstance(v, Literal) else values[v] for v in variables]
+
+
+def _run(closed: ClosedJaxpr, args, flops):
+  """The jaxpr's outputs, and `flops` plus those of the matmuls it ran."""
+  values = dict(zip(closed.jaxpr.constvars, closed.consts))
+  values |= dict(zip(closed.jaxpr.invars, args, strict=True))
+  for eqn in closed.jaxpr.eqns:
+    outputs, flops = _apply(eqn, _read(values, eqn.invars), flops)
+    values |= dict(zip(eqn.outvars, outputs, strict=True))
+  return _read(values, closed.jaxpr.outvars), flops
+
+
+def _apply(eqn, args, flops):
+  name, params = eqn.primitive.name, eqn.params
+  if name == "dot_general":
+    flops += _flops_of_dot(eqn)
+  if not any(_multiplies(jaxpr) for jaxpr in _inner(eqn)):
+    outputs = eqn.primitive.bind(*args, **params)
+    return outputs if eqn.primitive.multiple_results else [outputs], flops
+  match name:
+    case "cond":
+      branches = [functools.partial(_run, b) for b in params["branches"]]
+      return jax.lax.switch(args[0], branches, args[1:], flops)
+    case "while":
+      return _while(params, args, flops)
+    case "scan":
+      return _scan(params, args, flops)
+  return _run(params.get("jaxpr") or params["call_jaxpr"], args, flops)
+
+
+def _while(params, args, flops):
+  in_test, in_body = params["cond_nconsts"], params["body_nconsts"]
+  test, body = args[:in_test], args[in_test:in_test + in_body]
+  return jax.lax.while_loop(
+      lambda state: _run(params["cond_jaxpr"], test + state[0], 0)[0][0],
+      lambda state: _run(params["body_jaxpr"], body + state[0], state[1]),
+      (args[in_test + in_body:], flops))
+
+
+def _scan(params, args, flops):
+  consts, carries = params["num_consts"], params["num_carry"]
+  def step(state, row):
+    carry, flops = state
+    outputs, flops = _run(params["jaxpr"], args[:consts] + carry + row, flops)
+    return (outputs[:carries], flops), outputs[carries:]
+  first = args[consts:consts + carries]
+  (carry, flops), rows = jax.lax.scan(
+      step, (first, flops), args[consts + carries:], params["length"],
+      params["reverse"])
+  return carry + rows, flops
+
+
+@pytest.fixture(scope="session")
+def executed_flops():
+  """`executed_flops(f, *args)`: FLOPs of the matmuls that f really ran.
+
+  A loop counts as often as it went round, a branch only if it was taken:
+  XLA's own cost analysis knows neither when it depends on the data.
+  """
+  def count(function, *args):
+    closed = jax.make_jaxpr(function)(*args)
+    return int(jax.jit(lambda *args: _run(closed, list(args), 0)[1])(
+        *jax.tree.leaves(args)))
+  return count
+
+
+@pytest.fixture(scope="session")
+def largest_array():
+  """`largest_array(f, *args)`: elements of the largest array f computes."""
+  def largest(function, *args):
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return max(math.prod(v.aval.shape) for eqn in _equations(jaxpr)
+               for v in eqn.outvars)
+  return largest
