@@ -2,6 +2,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 
 OPTIMIZERS = ("adamw", "muon")
@@ -104,9 +105,21 @@ def make_optimizer(config: OptimizerConfig,
     optimizer = optax.partition({"muon": muon, "adamw": optimizer},
                                 muon_labels)
   if config.clip_norm:
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm),
-                            optimizer)
+    optimizer = optax.chain(clip(config.clip_norm), optimizer)
   return optimizer
+
+
+def clip(max_norm: float) -> optax.GradientTransformation:
+  """Scales gradients down to a global norm of `max_norm`.
+
+  A product with a scalar fuses into what follows; the quotient of optax's
+  clip_by_global_norm does not, and on a CPU writes all gradients once more.
+  """
+  def scale(updates, params):
+    del params
+    factor = jnp.minimum(1, max_norm / optax.global_norm(updates))
+    return jax.tree.map(lambda g: g * factor, updates)
+  return optax.stateless(scale)
 
 
 def _by_name(function, tree):

@@ -1,0 +1,44 @@
+"""Ends a run between steps when the process is asked to end."""
+import signal
+import threading
+
+
+class Interrupted(KeyboardInterrupt):
+  """A signal ended the run after its state was saved."""
+
+  def __init__(self, signal_number: int, step: int):
+    super().__init__(f"stopped by {signal.Signals(signal_number).name}; saved "
+                     f"at step {step}, run again to continue")
+    self.signal_number, self.step = signal_number, step
+
+  @property
+  def exit_status(self) -> int:
+    """What a shell expects: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + self.signal_number
+
+
+class Signals:
+  """Takes note of the first SIGTERM or Ctrl-C; a second acts as ever.
+
+  Outside the main thread, where Python allows no handlers, it notes none.
+  """
+
+  def __enter__(self) -> "Signals":
+    self.received, self._before = 0, {}
+    if threading.current_thread() is threading.main_thread():
+      self._before = {number: signal.signal(number, self._note)
+                      for number in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _note(self, number, frame):
+    del frame
+    self.received = int(number)
+    self._restore()
+
+  def _restore(self):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    self._before = {}
+
+  def __exit__(self, *error):
+    self._restore()
