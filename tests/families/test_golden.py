@@ -1,0 +1,136 @@
+"""Each family against transformers' own model with the same random weights."""
+import dataclasses
+import functools
+
+import pytest
+
+import jaxlm
+import reference_models
+
+# Both sides are within 1e-5 of float64.
+TOLERANCE = 3e-5
+
+
+def difference(name, config, execution=jaxlm.Execution()) -> float:
+  """Between our logits, under this config, and those of transformers."""
+  case = reference_models.case(name)
+  ours = reference_models.quick_jit(functools.partial(
+      reference_models.our_logits, config, execution=execution))(
+          case.params, case.tokens_BT)
+  return reference_models.relative_difference(ours, case.logits_BTV)
+
+
+@pytest.mark.parametrize("name", reference_models.CASES)
+def test_logits_equal_those_of_transformers(name, record_testsuite_property):
+  config = reference_models.case(name).config
+  relative = difference(name, config)
+  record_testsuite_property(name, f"{relative:.1e}")
+  assert relative <= TOLERANCE
+
+
+def attention(**fields):
+  return lambda config: dataclasses.replace(
+      config, attention=dataclasses.replace(config.attention, **fields))
+
+
+def rope(**fields):
+  """Changes the rotary positions of the full layers."""
+  return lambda config: attention(rope_full=dataclasses.replace(
+      config.attention.rope_full, **fields))(config)
+
+
+def yarn(**fields):
+  """Changes YaRN on the layers of both kinds."""
+  def change(config):
+    old = config.attention.rope_full
+    new = dataclasses.replace(
+        old, scaling=dataclasses.replace(old.scaling, **fields))
+    return attention(rope_full=new, rope_sliding=new)(config)
+  return change
+
+
+def moe(**fields):
+  return lambda config: dataclasses.replace(
+      config, moe=dataclasses.replace(config.moe, **fields))
+
+
+def expert(**fields):
+  return lambda config: moe(expert=dataclasses.replace(
+      config.moe.expert, **fields))(config)
+
+
+def router(**fields):
+  return lambda config: moe(router=dataclasses.replace(
+      config.moe.router, **fields))(config)
+
+
+def model(**fields):
+  return lambda config: dataclasses.replace(config, **fields)
+
+
+def norm(**fields):
+  return lambda config: model(norm=dataclasses.replace(
+      config.norm, **fields))(config)
+
+
+def swap_rope(config):
+  old = config.attention
+  return attention(rope_full=old.rope_sliding,
+                   rope_sliding=old.rope_full)(config)
+
+
+# What a port gets wrong, each of which must show.
+MISTAKES = {
+    "gpt_oss": {
+        "window 127": attention(sliding_window=127),
+        "window 129": attention(sliding_window=129),
+        "full layers first": model(layer_pattern=("full", "sliding")),
+        "no sinks": attention(sinks=False),
+        "no bias on k": attention(biases=("q", "v", "o")),
+        "YaRN truncated": yarn(truncate=True),
+        "no YaRN": attention(rope_full=jaxlm.RopeConfig(150000.0),
+                             rope_sliding=jaxlm.RopeConfig(150000.0)),
+        "gate before up": expert(interleaved=False),
+        "clamp at 6.5": expert(swiglu_limit=6.5),
+        "no bias in experts": expert(bias=False),
+        "no router bias": router(bias=False),
+        "softmax over all experts": router(kind="softmax_topk"),
+        "norm eps": norm(eps=1e-6),
+    },
+    "llama": {"no scaling": rope(scaling=None)},
+    "qwen2": {"no bias on q": attention(biases=("k", "v"))},
+    "qwen3_untied": {"no QK-norm": attention(qk_norm=False)},
+    "qwen3_moe": {"not renormalised": router(renormalize=False)},
+    "gemma2": {
+        "window 38": attention(sliding_window=38),
+        "no cap on scores": attention(soft_cap=None),
+        "no cap on logits": model(final_soft_cap=None),
+        "scale of the head": attention(scale=None),
+        "embeddings not scaled": model(scale_embeddings=False),
+        "norm scale without 1": norm(scale_offset=0.0),
+    },
+    "gemma3": {
+        "window 18": attention(sliding_window=18),
+        "full layer fifth": model(
+            layer_pattern=("sliding",) * 4 + ("full", "sliding")),
+        "rope swapped": swap_rope,
+        "positions not scaled": rope(scaling=None),
+    },
+    "gpt2": {
+        "exact GELU": lambda config: model(mlp=dataclasses.replace(
+            config.mlp, activation="gelu"))(config),
+        "RMSNorm": norm(kind="rmsnorm"),
+    },
+}
+
+
+@pytest.mark.parametrize("name,mistake", [
+    (name, mistake) for name in MISTAKES for mistake in MISTAKES[name]])
+def test_a_mistake_is_seen(name, mistake):
+  """The comparison can fail: each mistake is far above the tolerance."""
+  config = MISTAKES[name][mistake](reference_models.case(name).config)
+  execution = jaxlm.Execution(
+      attention="reference", experts="ragged" if config.moe else "auto")
+  # The two forms of GELU differ by 5e-4 at most, the logits by less.
+  least = TOLERANCE if mistake == "exact GELU" else 1e-2
+  assert difference(name, config, execution) > 3 * least

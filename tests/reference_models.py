@@ -1,0 +1,331 @@
+"""transformers' own models with random weights, and the same weights as ours.
+
+Each case takes a preset, with all its switches, to odd and pairwise distinct
+sizes, and sets beside it transformers' config, written out on its own.
+"""
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+import jaxlm
+from jaxlm.config import ModelConfig, stacks
+
+# Models this small only wait for each other on several threads.
+torch.set_num_threads(1)
+
+BATCH, LENGTH, VOCAB = 2, 151, 101
+D_MODEL, D_FF, HEADS, KV_HEADS, HEAD_DIM = 45, 23, 15, 5, 22
+EXPERTS, PER_TOKEN = 11, 4
+
+REFERENCE_SIZES = dict(
+    vocab_size=VOCAB, hidden_size=D_MODEL, num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM)
+
+
+def shrink(name: str, num_layers: int, *, attention=None, moe=None, **fields):
+  """The preset of that name in small, with some fields replaced."""
+  config = jaxlm.preset(name)
+  sizes = dict(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+  fields["attention"] = dataclasses.replace(
+      config.attention, **(sizes | (attention or {})))
+  if config.mlp:
+    fields["mlp"] = dataclasses.replace(config.mlp, d_ff=D_FF)
+  if config.moe:
+    expert = dataclasses.replace(config.moe.expert, d_ff=D_FF)
+    fields["moe"] = dataclasses.replace(
+        config.moe, num_experts=EXPERTS, experts_per_token=PER_TOKEN,
+        expert=expert, **(moe or {}))
+  return dataclasses.replace(config, vocab_size=VOCAB, d_model=D_MODEL,
+                             num_layers=num_layers, **fields)
+
+
+def _gpt2():
+  heads = dict(num_heads=5, num_kv_heads=5, head_dim=9)
+  return (shrink("gpt2", 3, attention=heads, max_positions=163),
+          transformers.GPT2Config(
+              vocab_size=VOCAB, n_positions=163, n_embd=D_MODEL, n_layer=3,
+              n_head=5, n_inner=D_FF))
+
+
+def _llama():
+  rope = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0,
+              low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=8192)
+  return (shrink("llama3.1-8b", 3),
+          transformers.LlamaConfig(
+              **REFERENCE_SIZES, num_hidden_layers=3, intermediate_size=D_FF,
+              rope_parameters=rope, rms_norm_eps=1e-5,
+              max_position_embeddings=131072))
+
+
+def _qwen2():
+  return (shrink("qwen2.5-7b", 3),
+          transformers.Qwen2Config(
+              **REFERENCE_SIZES, num_hidden_layers=3, intermediate_size=D_FF,
+              rope_parameters=dict(rope_type="default", rope_theta=1e6)))
+
+
+def _qwen3(name, tied):
+  return (shrink(name, 3),
+          transformers.Qwen3Config(
+              **REFERENCE_SIZES, num_hidden_layers=3, intermediate_size=D_FF,
+              tie_word_embeddings=tied,
+              rope_parameters=dict(rope_type="default", rope_theta=1e6)))
+
+
+def _qwen3_moe(renormalize, theta, name):
+  router = dataclasses.replace(jaxlm.preset(name).moe.router,
+                               renormalize=renormalize)
+  return (shrink(name, 3, moe=dict(router=router)),
+          transformers.Qwen3MoeConfig(
+              **REFERENCE_SIZES, num_hidden_layers=3,
+              moe_intermediate_size=D_FF, num_experts=EXPERTS,
+              num_experts_per_tok=PER_TOKEN, norm_topk_prob=renormalize,
+              rope_parameters=dict(rope_type="default", rope_theta=theta)))
+
+
+def _mixtral():
+  return (shrink("mixtral-8x7b", 3),
+          transformers.MixtralConfig(
+              **REFERENCE_SIZES, num_hidden_layers=3, intermediate_size=D_FF,
+              num_local_experts=EXPERTS, num_experts_per_tok=PER_TOKEN))
+
+
+def _gemma2():
+  small = dict(sliding_window=37, soft_cap=2.5, scale=31 ** -0.5)
+  return (shrink("gemma2-27b", 4, attention=small, final_soft_cap=1.5),
+          transformers.Gemma2Config(
+              **REFERENCE_SIZES, num_hidden_layers=4, intermediate_size=D_FF,
+              sliding_window=37, query_pre_attn_scalar=31,
+              attn_logit_softcapping=2.5, final_logit_softcapping=1.5))
+
+
+def _gemma3():
+  small = dict(sliding_window=19, scale=31 ** -0.5)
+  rope = dict(
+      sliding_attention=dict(rope_type="default", rope_theta=10000.0),
+      full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6))
+  # Two whole periods and two layers of a third.
+  return (shrink("gemma3-27b", 14, attention=small),
+          transformers.Gemma3TextConfig(
+              **REFERENCE_SIZES, num_hidden_layers=14, intermediate_size=D_FF,
+              sliding_window=19, query_pre_attn_scalar=31,
+              rope_parameters=rope))
+
+
+def _gpt_oss():
+  rope = dict(rope_type="yarn", rope_theta=150000.0, factor=32.0,
+              beta_fast=32.0, beta_slow=1.0, truncate=False,
+              original_max_position_embeddings=4096)
+  return (shrink("gpt-oss-20b", 4),
+          transformers.GptOssConfig(
+              **REFERENCE_SIZES, num_hidden_layers=4, intermediate_size=D_FF,
+              num_local_experts=EXPERTS, num_experts_per_tok=PER_TOKEN,
+              rope_parameters=rope, sliding_window=128))
+
+
+CASES = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3_tied": functools.partial(_qwen3, "qwen3-0.6b", True),
+    "qwen3_untied": functools.partial(_qwen3, "qwen3-8b", False),
+    "qwen3_moe": functools.partial(_qwen3_moe, True, 1e6, "qwen3-30b-a3b"),
+    "qwen3_moe_not_renormalized": functools.partial(
+        _qwen3_moe, False, 1e7, "qwen3-30b-a3b-2507"),
+    "mixtral": _mixtral,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gpt_oss": _gpt_oss,
+}
+
+
+class Case(typing.NamedTuple):
+  config: ModelConfig
+  params: dict
+  tokens_BT: np.ndarray
+  logits_BTV: np.ndarray
+
+
+@functools.cache
+def case(name: str) -> Case:
+  """Our config and parameters, and the logits that transformers computes."""
+  config, reference = CASES[name]()
+  with torch.random.fork_rng():
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        reference, dtype=torch.float32, attn_implementation="eager",
+        experts_implementation="eager").eval()
+    randomize(model, norm_center=1 - config.norm.scale_offset)
+  tokens_BT = np.random.default_rng(1).integers(0, VOCAB, (BATCH, LENGTH))
+  with torch.no_grad():
+    logits_BTV = model(torch.tensor(tokens_BT), use_cache=False).logits
+  params = params_of(config, dict(model.named_parameters()))
+  return Case(config, params, tokens_BT, logits_BTV.numpy())
+
+
+@torch.no_grad()
+def randomize(model, norm_center: float):
+  """Weights under which everything matters: attention is far from uniform,
+  gates reach the clamp, embeddings are small enough to feel the norm's eps."""
+  for name, w in model.named_parameters():
+    if name.endswith("bias"):
+      w.normal_(0, 0.5)
+    elif name.endswith("sinks"):
+      w.normal_(2, 2)
+    elif w.ndim == 1:
+      w.uniform_(norm_center - 0.5, norm_center + 0.5)
+    elif "embed" in name or "wte" in name or "wpe" in name:
+      w.normal_(0, 0.02)
+    else:
+      gain = 3 if "gate_up" in name else 1.5
+      w.normal_(0, gain * D_MODEL ** -0.5)
+
+
+def params_of(config: ModelConfig, parameters: dict) -> dict:
+  """transformers' parameters as our tree; each must be used exactly once."""
+  parameters = {name: w.detach().numpy() for name, w in parameters.items()}
+  take = parameters.pop
+  read = _read_gpt2 if "transformer.wte.weight" in parameters else _read_llama
+  params = read(config, take)
+  assert not parameters, f"not copied: {sorted(parameters)}"
+  expected = jaxlm.abstract_params(config)
+  assert (jax.tree.map(lambda x: x.shape, params)
+          == jax.tree.map(lambda x: x.shape, expected))
+  return params
+
+
+def _stacked(config, layers: list[dict]) -> dict:
+  """Layers as they are scanned: each place of a period, over its repeats."""
+  params = {}
+  for i, stack in enumerate(stacks(config)):
+    period = len(stack.kinds)
+    end = stack.start + period * stack.repeats
+    params[f"stack_{i}"] = {
+        f"layer_{j}": jax.tree.map(lambda *x: jnp.stack(x),
+                                   *layers[stack.start + j:end:period])
+        for j in range(period)}
+  return params
+
+
+def _read_gpt2(config, take) -> dict:
+  def norm(name):
+    return {"scale": take(f"{name}.weight"), "bias": take(f"{name}.bias")}
+
+  def layer(prefix):
+    heads = (config.attention.num_heads, config.attention.head_dim)
+    weights = np.split(take(f"{prefix}.attn.c_attn.weight"), 3, 1)
+    biases = np.split(take(f"{prefix}.attn.c_attn.bias"), 3)
+    attention = {
+        "o_proj": take(f"{prefix}.attn.c_proj.weight").reshape(*heads, -1),
+        "o_bias": take(f"{prefix}.attn.c_proj.bias")}
+    for name, w, b in zip("qkv", weights, biases, strict=True):
+      attention[f"{name}_proj"] = w.reshape(-1, *heads)
+      attention[f"{name}_bias"] = b.reshape(heads)
+    return {
+        "attention": attention,
+        "attention_norm": norm(f"{prefix}.ln_1"),
+        "mlp_norm": norm(f"{prefix}.ln_2"),
+        "mlp": {"up": take(f"{prefix}.mlp.c_fc.weight"),
+                "up_bias": take(f"{prefix}.mlp.c_fc.bias"),
+                "down": take(f"{prefix}.mlp.c_proj.weight"),
+                "down_bias": take(f"{prefix}.mlp.c_proj.bias")}}
+
+  layers = [layer(f"transformer.h.{i}") for i in range(config.num_layers)]
+  return {"embed": {"embedding": take("transformer.wte.weight"),
+                    "positions": take("transformer.wpe.weight")},
+          "final_norm": norm("transformer.ln_f"), **_stacked(config, layers)}
+
+
+NORMS = {
+    "pre": {"attention_norm": "input_layernorm",
+            "mlp_norm": "post_attention_layernorm"},
+    "pre_and_post": {"attention_norm": "input_layernorm",
+                     "attention_post_norm": "post_attention_layernorm",
+                     "mlp_norm": "pre_feedforward_layernorm",
+                     "mlp_post_norm": "post_feedforward_layernorm"},
+}
+
+
+def _read_llama(config, take) -> dict:
+  """Every family but GPT-2 is named as Llama is."""
+  layers = []
+  for i in range(config.num_layers):
+    prefix = f"model.layers.{i}"
+    layer = {name: {"scale": take(f"{prefix}.{theirs}.weight")}
+             for name, theirs in NORMS[config.norm.placement].items()}
+    layer["attention"] = _read_attention(config, take, f"{prefix}.self_attn")
+    if config.moe:
+      layer["moe"] = _read_moe(config, take, f"{prefix}.mlp")
+    else:
+      gate, up, down = (take(f"{prefix}.mlp.{name}_proj.weight").T
+                        for name in ("gate", "up", "down"))
+      layer["mlp"] = {"gate_up": np.concatenate([gate, up], 1), "down": down}
+    layers.append(layer)
+  params = {"embed": {"embedding": take("model.embed_tokens.weight")},
+            "final_norm": {"scale": take("model.norm.weight")},
+            **_stacked(config, layers)}
+  if not config.tie_embeddings:
+    params["unembedding"] = take("lm_head.weight").T
+  return params
+
+
+def _read_attention(config, take, prefix) -> dict:
+  c, d_model = config.attention, config.d_model
+  heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+  result = {"o_proj": take(f"{prefix}.o_proj.weight").T.reshape(
+      c.num_heads, c.head_dim, d_model)}
+  for name, n in heads.items():
+    w = take(f"{prefix}.{name}_proj.weight")
+    result[f"{name}_proj"] = w.T.reshape(d_model, n, c.head_dim)
+  for name in c.biases:
+    bias = take(f"{prefix}.{name}_proj.bias")
+    result[f"{name}_bias"] = (bias if name == "o"
+                              else bias.reshape(heads[name], c.head_dim))
+  if c.qk_norm:
+    for name in ("q_norm", "k_norm"):
+      result[name] = {"scale": take(f"{prefix}.{name}.weight")}
+  if c.sinks:
+    result["sinks"] = take(f"{prefix}.sinks")
+  return result
+
+
+def _read_moe(config, take, prefix) -> dict:
+  gate_up = take(f"{prefix}.experts.gate_up_proj")
+  down = take(f"{prefix}.experts.down_proj")
+  if not config.moe.expert.bias:
+    return {"router": take(f"{prefix}.gate.weight").T,
+            "gate_up": gate_up.swapaxes(1, 2), "down": down.swapaxes(1, 2)}
+  # gpt-oss alone stores its experts as [E, in, out].
+  return {"router": take(f"{prefix}.router.weight").T,
+          "router_bias": take(f"{prefix}.router.bias"),
+          "gate_up": gate_up, "down": down,
+          "gate_up_bias": take(f"{prefix}.experts.gate_up_proj_bias"),
+          "down_bias": take(f"{prefix}.experts.down_proj_bias")}
+
+
+def our_logits(config: ModelConfig, params, tokens_BT,
+               execution=jaxlm.Execution()):
+  hidden_BTD = jaxlm.forward(config, params, tokens_BT,
+                             execution=execution).hidden_BTD
+  return jaxlm.logits(config, params, hidden_BTD)
+
+
+def quick_jit(function):
+  """jit for a function that runs once or a few times: LLVM optimizes little,
+  which halves the time of a test that mostly compiles."""
+  return jax.jit(function,
+                 compiler_options={"xla_backend_optimization_level": 0})
+
+
+def relative_difference(ours, theirs) -> float:
+  """The largest difference, as a share of the largest value."""
+  ours, theirs = np.asarray(ours), np.asarray(theirs)
+  assert ours.shape == theirs.shape
+  return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
