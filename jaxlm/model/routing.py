@@ -166,8 +166,9 @@ def smooth_load(clean_TE, noisy_TE, noise_scale_TE, per_token: int):
   inside_TE = noisy_TE > top_TA[:, -1:]
   # What an expert must beat: the k-th best of the others.
   bar_TE = jnp.where(inside_TE, top_TA[:, -1:], top_TA[:, -2:-1])
-  return jnp.sum(jax.scipy.stats.norm.cdf(
-      (clean_TE - bar_TE) / noise_scale_TE), 0)
+  # With hardly any noise this is a count; a gradient would be 0 / 0.
+  scale_TE = jnp.maximum(noise_scale_TE, 1e-6)
+  return jnp.sum(jax.scipy.stats.norm.cdf((clean_TE - bar_TE) / scale_TE), 0)
 
 
 def load_statistics(load_E) -> dict[str, jax.Array]:
