@@ -8,7 +8,6 @@ import functools
 import typing
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -208,7 +207,7 @@ def _stacked(config, layers: list[dict]) -> dict:
     period = len(stack.kinds)
     end = stack.start + period * stack.repeats
     params[f"stack_{i}"] = {
-        f"layer_{j}": jax.tree.map(lambda *x: jnp.stack(x),
+        f"layer_{j}": jax.tree.map(lambda *x: np.stack(x),
                                    *layers[stack.start + j:end:period])
         for j in range(period)}
   return params
