@@ -43,11 +43,11 @@ class Heldout:
     if not self._num_bytes:
       raise ValueError("the held-out text has no byte to predict: hold more "
                        "out (heldout_fraction), or evaluate on more batches")
-    self._batches = [jax.device_put(batch) for batch in found]
+    self.batches = [jax.device_put(batch) for batch in found]
 
   def begin(self, params) -> dict[str, jax.Array]:
     """Sums over the batches; returns while they are being computed."""
-    sums = [self._programs.evaluate(params, batch) for batch in self._batches]
+    sums = [self._programs.evaluate(params, batch) for batch in self.batches]
     return jax.tree.map(lambda *x: sum(x[1:], x[0]), *sums)
 
   def finish(self, sums, num_seeds: int) -> list[Evaluation]:
@@ -61,11 +61,11 @@ class Heldout:
   def _evaluation(self, sums: dict[str, np.ndarray]) -> Evaluation:
     nats, router = float(sums["nats"]), None
     if "load" in sums:
-      load_LE = sums["load"] / len(self._batches)
+      load_LE = sums["load"] / len(self.batches)
       statistics = {name: value.tolist() for name, value
                     in jax.device_get(load_statistics(load_LE)).items()}
       router = RouterLoad(
           load=load_LE.tolist(), **statistics,
-          dropped=float(sums["dropped"]) / len(self._batches))
+          dropped=float(sums["dropped"]) / len(self.batches))
     return Evaluation(nats / float(sums["targets"]),
                       nats / math.log(2) / self._num_bytes, router)

@@ -2,7 +2,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
@@ -28,14 +27,13 @@ class Programs:
     if several:
       init, step = jax.vmap(init), jax.vmap(step)
       evaluate = jax.vmap(evaluate, in_axes=(0, None))
-    self._init, self._evaluate = jax.jit(init), jax.jit(evaluate)
+    # Its many small random arrays take long to compile and run once.
+    self._init = jax.jit(init, compiler_options={
+        "xla_backend_optimization_level": 1})
     self._step = jax.jit(step, donate_argnums=0)
-    shape = (*self._seeds.shape, train_config.batch_size, train_config.seq_len)
-    self._abstract_batch = {
-        "mask": jax.ShapeDtypeStruct(shape, bool),
-        **dict.fromkeys(("tokens", "targets", "segment_ids"),
-                        jax.ShapeDtypeStruct(shape, jnp.int32))}
-    self.tokens_per_step = int(np.prod(shape))
+    self._evaluate = jax.jit(evaluate)
+    self.tokens_per_step = (len(seeds) * train_config.batch_size
+                            * train_config.seq_len)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     self.abstract_state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -44,17 +42,24 @@ class Programs:
   def init(self):
     return self._init(self._seeds)
 
-  @functools.cached_property
-  def compiled_step(self):
-    return self._step.lower(self.abstract_state, self._abstract_batch,
-                            self._seeds).compile()
-
   def step(self, state, batch: Batch):
     """The next state and metrics; `state` is donated."""
-    return self.compiled_step(state, batch, self._seeds)
+    return self._step(state, batch, self._seeds)
 
   def evaluate(self, params, batch: Batch):
     return self._evaluate(params, batch)
+
+  def compile(self, heldout: Batch) -> None:
+    """Now, so that the first step takes no longer than the others.
+
+    `heldout` is a batch to evaluate on; training batches are alike.
+    """
+    batch = {name: jax.ShapeDtypeStruct((*self._seeds.shape, *x.shape), x.dtype)
+             for name, x in heldout.items()}
+    self._step = self._step.lower(self.abstract_state, batch,
+                                  self._seeds).compile()
+    self._evaluate = self._evaluate.lower(self.abstract_state.params,
+                                          heldout).compile()
 
 
 class SeedBatches:
