@@ -23,7 +23,7 @@ class MetricsWriter:
     self._file = open(self._path, "ab", buffering=0)
     # TensorBoard drops what earlier event files have from purge_step on.
     self._events = tensorboardX.SummaryWriter(
-        str(directory), purge_step=step + 1)
+        str(directory), purge_step=step + 1, filename_suffix=f".{step}")
 
   def write(self, entry: dict[str, float]) -> None:
     """One line; everything in it but `step` becomes a scalar."""

@@ -117,7 +117,7 @@ def clip(max_norm: float) -> optax.GradientTransformation:
   """
   def scale(updates, params):
     del params
-    factor = jnp.minimum(1, max_norm / optax.global_norm(updates))
+    factor = jnp.minimum(1, max_norm / optax.tree.norm(updates))
     return jax.tree.map(lambda g: g * factor, updates)
   return optax.stateless(scale)
 

@@ -9,7 +9,8 @@ import optax
 from jaxlm.config import ModelConfig, stacks
 from jaxlm.model.routing import (BALANCE_RULES, load_statistics,
                                  updated_balance_bias)
-from jaxlm.model.transformer import Execution, forward, init_params
+from jaxlm.model.transformer import (Execution, forward, init_params,
+                                     per_layer)
 from jaxlm.train.loss import next_token_loss
 from jaxlm.train.optimizer import (OptimizerConfig, learning_rate_schedule,
                                    make_optimizer)
@@ -131,6 +132,8 @@ def init_state(model_config: ModelConfig, train_config: TrainConfig,
                seed) -> TrainState:
   """The state before the first step. `seed`: an int or a uint32 scalar."""
   params = init_params(model_config, _keys(seed)[0])
+  if not train_config.execution.scan_layers:
+    params = per_layer(model_config, params)
   optimizer = make_optimizer(train_config.optimizer, train_config.steps)
   return TrainState(jnp.int32(0), params, optimizer.init(params))
 
@@ -162,7 +165,7 @@ def train_step(model_config: ModelConfig, train_config: TrainConfig,
   balancing = train_config.balancing
   if balancing.bias_rule:
     params = _move_biases(model_config, params, metrics["load"], balancing)
-  metrics["grad_norm"] = optax.global_norm(grads)
+  metrics["grad_norm"] = optax.tree.norm(grads)
   metrics["learning_rate"] = jnp.float32(learning_rate_schedule(
       train_config.optimizer, train_config.steps)(state.step))
   if "load" in metrics:
@@ -215,15 +218,22 @@ def _gradients(model_config, train_config, params, batch, key):
 
 def _move_biases(model_config, params, load_LE, balancing):
   params = jax.tree.map(lambda x: x, params)  # dicts of its own
+
+  def move(moe, load):
+    moe["balance_bias"] = updated_balance_bias(
+        moe["balance_bias"], load, balancing.bias_rate, balancing.bias_rule)
+
+  if "layers" in params:
+    for i, load_E in enumerate(load_LE, model_config.num_dense_layers):
+      move(params["layers"][str(i)]["moe"], load_E)
+    return params
   for i, stack in enumerate(stacks(model_config)):
     if not stack.kinds[0].moe:
       continue
     first, period = stack.start - model_config.num_dense_layers, len(stack.kinds)
     for j in range(period):
-      moe = params[f"stack_{i}"][f"layer_{j}"]["moe"]
-      load = load_LE[first + j:first + stack.repeats * period:period]
-      moe["balance_bias"] = updated_balance_bias(
-          moe["balance_bias"], load, balancing.bias_rate, balancing.bias_rule)
+      move(params[f"stack_{i}"][f"layer_{j}"]["moe"],
+           load_LE[first + j:first + stack.repeats * period:period])
   return params
 
 

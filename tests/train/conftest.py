@@ -1,0 +1,18 @@
+"""Programs that several tests compile are compiled once."""
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session")
+def program_cache(tmp_path_factory):
+  """A directory of compiled programs, this process's and its children's."""
+  directory = tmp_path_factory.mktemp("programs")
+  options = {"jax_compilation_cache_dir": str(directory),
+             "jax_persistent_cache_min_compile_time_secs": 0.2,
+             "jax_persistent_cache_min_entry_size_bytes": -1}
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield directory
+  for name, value in before.items():
+    jax.config.update(name, value)

@@ -1,0 +1,164 @@
+"""Checkpoints that are of another run, damaged or not finite."""
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.train.checkpoint import CheckpointError, Checkpoints
+
+EXPECTED = {"model": {"num_layers": 3, "norm": {"eps": 1e-5}}}
+
+
+def state(value: float):
+  noise = jax.random.normal(jax.random.key(0), (64, 33))
+  return {"params": {"mlp": {"down": noise + value}, "scale": jnp.ones(7)},
+          "count": jnp.int32(value)}
+
+
+def abstract(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """Of steps 1 to 4, the last three."""
+  directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+  checkpoints = Checkpoints(directory, keep=3)
+  for step in range(1, 5):
+    checkpoints.save(step, state(step), EXPECTED | {"data": [step]})
+  checkpoints.close()
+  return directory
+
+
+@pytest.fixture
+def directory(saved, tmp_path):
+  return pathlib.Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def restore(directory, tree=None, expected=None):
+  return Checkpoints(directory, keep=3).restore(
+      abstract(state(0) if tree is None else tree), expected or EXPECTED)
+
+
+def test_the_newest_comes_back_whole(saved):
+  assert sorted(p.name for p in saved.iterdir()) == ["2", "3", "4"]
+  restored, about = restore(saved)
+  assert about["step"] == 4 and about["data"] == [4]
+  jax.tree.map(np.testing.assert_array_equal, restored, state(4))
+
+
+def test_nothing_to_restore(tmp_path):
+  assert restore(tmp_path / "new") is None
+
+
+def test_another_config_is_refused_by_its_fields(saved):
+  other = {"model": {"num_layers": 4, "norm": {"eps": 1e-6}}}
+  with pytest.raises(ValueError, match=(
+      "saved by another run: model.num_layers=3 there, 4 here; "
+      "model.norm.eps=1e-05 there, 1e-06 here")):
+    restore(saved, expected=other)
+
+
+def test_all_leaves_that_differ_are_named_at_once(saved):
+  tree = state(0)
+  tree["params"]["mlp"] = {"down": jnp.ones((33, 64), jnp.bfloat16),
+                           "up": jnp.ones(3)}
+  del tree["count"]
+  with pytest.raises(ValueError) as error:
+    restore(saved, tree)
+  for part in ("missing params/mlp/up", "unexpected count",
+               "params/mlp/down is float32[64, 33], expected "
+               "bfloat16[33, 64]"):
+    assert part in str(error.value)
+
+
+def largest(directory, step) -> pathlib.Path:
+  return max((path for path in (directory / str(step)).rglob("*")
+              if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 4
+  path.write_bytes(content)
+
+
+DAMAGES = {"truncated": truncate, "deleted": pathlib.Path.unlink,
+           "flipped": flip}
+
+
+@pytest.mark.parametrize("file", ["data", "description"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    directory, damage, file):
+  path = (largest(directory, 4) if file == "data"
+          else directory / "4" / "about" / "metadata")
+  DAMAGES[damage](path)
+  with pytest.warns(RuntimeWarning, match="step 4 is damaged.*from step 3"):
+    restored, about = restore(directory)
+  assert about["step"] == 3
+  jax.tree.map(np.testing.assert_array_equal, restored, state(3))
+  # It is kept, and its step can be saved again.
+  assert len(list(directory.with_name("checkpoints-damaged").iterdir())) == 1
+  checkpoints = Checkpoints(directory, keep=3)
+  checkpoints.save(4, state(4), EXPECTED)
+  checkpoints.close()
+  assert restore(directory)[1]["step"] == 4
+
+
+def test_a_digit_changed_in_the_description_is_damage(directory):
+  path = directory / "4" / "about" / "metadata"
+  path.write_text(path.read_text().replace('"num_layers": 3',
+                                           '"num_layers": 8'))
+  with pytest.warns(RuntimeWarning, match="its description is damaged"):
+    assert restore(directory)[1]["step"] == 3
+
+
+def test_none_good_is_an_error_and_deletes_nothing(directory):
+  for step in (2, 3, 4):
+    flip(largest(directory, step))
+  before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+  with pytest.raises(CheckpointError, match="no checkpoint can be read, 4: .*"
+                                            "3: .*2: .*Put back a copy"):
+    restore(directory)
+  assert before == {p: p.read_bytes() for p in directory.rglob("*")
+                    if p.is_file()}
+
+
+def test_what_is_not_finite_is_not_saved(directory):
+  bad = state(5)
+  bad["params"]["scale"] = bad["params"]["scale"].at[3].set(jnp.nan)
+  checkpoints = Checkpoints(directory, keep=3)
+  with pytest.raises(FloatingPointError, match="params/scale is not finite"):
+    checkpoints.save(5, bad, EXPECTED)
+  checkpoints.close()
+  assert restore(directory)[1]["step"] == 4
+
+
+def test_saving_does_not_see_what_a_donated_state_becomes(tmp_path):
+  add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree),
+                donate_argnums=0)
+  current = {"w": jnp.zeros((256, 1024))}
+  checkpoints = Checkpoints(tmp_path, keep=9)
+  for step in range(5):
+    checkpoints.save(step, current, EXPECTED)
+    for _ in range(10):
+      current = add(current)
+  checkpoints.close()
+  restored, _ = restore(tmp_path, current)
+  assert np.all(np.asarray(restored["w"]) == 40)
+
+
+def test_an_unwritable_directory_is_named(tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(CheckpointError, match="file/checkpoints: a checkpoint "
+                                            "cannot be written"):
+    Checkpoints(tmp_path / "file" / "checkpoints", keep=2)
