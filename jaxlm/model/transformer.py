@@ -7,6 +7,11 @@ Parameters are a nested dict of float32 arrays:
     layer_0, layer_1, ...   of the layers of its period, whose leaves have the
     number of repeats in front
   final_norm   unembedding [D, V] (not tied)
+
+A program that runs layers one after the other rather than scanned does better
+with `per_layer` parameters: layers {"0": ..., "1": ...} in place of the stacks,
+so that no layer's weights are sliced out of a stack, nor their gradients put
+back. Every function here takes either form.
 """
 import dataclasses
 import functools
@@ -38,8 +43,9 @@ class Execution:
 
   dtype: of activations. remat: what the backward pass computes again: "none",
   "dots" (all but matmuls) or "full" (whole layers). scan_layers: one program
-  for all layers of a run, or one for each. attention, experts: the
-  implementations of `pallas_kernels`' two operations.
+  for all layers of a run (quick to compile), or one for each (faster on the
+  CPU). attention, experts: the implementations of `pallas_kernels`' two
+  operations.
   """
   dtype: str = "float32"
   remat: str = "none"
@@ -119,9 +125,8 @@ class Period(nn.Module):
     for i, kind in enumerate(self.kinds):
       layer = Layer
       if self.execution.remat != "none":
-        layer = nn.remat(
-            Layer, policy=REMAT_POLICIES[self.execution.remat],
-            prevent_cse=not self.execution.scan_layers)
+        layer = nn.remat(Layer, prevent_cse=False,
+                         policy=REMAT_POLICIES[self.execution.remat])
       x_BTD, router, _ = layer(self.config, kind, self.execution,
                                name=f"layer_{i}")(x_BTD, index + i, context)
       if router is not None:
@@ -156,7 +161,6 @@ class Decoder(nn.Module):
     return nn.scan(
         Period, variable_axes={"params": 0}, split_rngs={"params": True},
         in_axes=(0, nn.broadcast), length=stack.repeats,
-        unroll=1 if self.execution.scan_layers else stack.repeats,
         metadata_params={nn.PARTITION_NAME: "layers"})(
             self.config, stack.kinds, self.execution, name=name)
 
@@ -249,8 +253,38 @@ def forward(config: ModelConfig, params: dict, tokens_BT, *,
     raise ValueError(f"{tokens_BT.shape[1]} tokens, but the model has "
                      f"{config.max_positions} learned positions")
   context = make_context(config, tokens_BT, positions_BT, segment_ids_BT, key)
-  return Decoder(config, execution).apply({"params": params}, tokens_BT,
-                                          context)
+  if execution.scan_layers and "layers" not in params:
+    return Decoder(config, execution).apply({"params": params}, tokens_BT,
+                                            context)
+  return _forward_per_layer(config, per_layer(config, params), tokens_BT,
+                            context, execution)
+
+
+def _forward_per_layer(config, params, tokens_BT, context, execution):
+  x_BTD = _embed(config, params, tokens_BT, context, execution)
+  routers = []
+  for index, kind in enumerate(config.layers):
+
+    def layer(p, x_BTD, index=index, kind=kind):
+      return Layer(config, kind, execution).apply({"params": p}, x_BTD, index,
+                                                  context)[:2]
+
+    if execution.remat != "none":
+      layer = jax.checkpoint(layer, policy=REMAT_POLICIES[execution.remat])
+    x_BTD, router = layer(params["layers"][str(index)], x_BTD)
+    if router is not None:
+      routers.append(router)
+  router = jax.tree.map(lambda *x: jnp.stack(x), *routers) if routers else None
+  return Output(_final_norm(config, params, x_BTD), router)
+
+
+def _embed(config, params, tokens_BT, context, execution):
+  return Embedding(config, execution).apply({"params": params["embed"]},
+                                            tokens_BT, context)
+
+
+def _final_norm(config, params, x_BTD):
+  return Norm(config.norm).apply({"params": params["final_norm"]}, x_BTD)
 
 
 def unembedding(config: ModelConfig, params: dict):
@@ -267,20 +301,23 @@ def logits(config: ModelConfig, params: dict, hidden_BTD):
   return soft_cap(y, config.final_soft_cap)
 
 
-def unstack_layers(config: ModelConfig, params: dict) -> list[dict]:
-  """The parameters of each layer, in order, as decoding holds them."""
-  layers = []
+def per_layer(config: ModelConfig, params: dict) -> dict:
+  """The same parameters with `layers` {"0": ...} in place of the stacks."""
+  if "layers" in params:
+    return params
+  rest = {name: leaf for name, leaf in params.items()
+          if not name.startswith("stack_")}
+  layers = {}
   for i, stack in enumerate(stacks(config)):
     for repeat in range(stack.repeats):
       for j in range(len(stack.kinds)):
-        layers.append(jax.tree.map(lambda x: x[repeat],
-                                   params[f"stack_{i}"][f"layer_{j}"]))
-  return layers
+        layers[str(len(layers))] = jax.tree.map(
+            lambda x: x[repeat], params[f"stack_{i}"][f"layer_{j}"])
+  return {**rest, "layers": layers}
 
 
 def forward_with_cache(config: ModelConfig, params: dict,
-                       layer_params: list[dict], cache: list[LayerCache],
-                       tokens_BT, positions_BT, *,
+                       cache: list[LayerCache], tokens_BT, positions_BT, *,
                        execution: Execution = Execution()):
   """Hidden states of new tokens, and the cache with them in it.
 
@@ -288,23 +325,23 @@ def forward_with_cache(config: ModelConfig, params: dict,
   each layer's weights at every step.
 
   Args:
-    layer_params: `unstack_layers(config, params)`.
+    params: best `per_layer`; stacks are taken apart at every call.
     cache: of these sequences. T > 1 tokens must be a prompt that begins an
       empty cache.
     positions_BT: int32, where the tokens stand; -1 marks padding, which may
       stand to the left of a prompt.
   """
+  params = per_layer(config, params)
   segment_ids_BT = None
   if tokens_BT.shape[1] > 1:
     segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
   context = make_context(config, tokens_BT, positions_BT, segment_ids_BT)
-  x_BTD = Embedding(config, execution).apply(
-      {"params": params["embed"]}, tokens_BT, context)
+  x_BTD = _embed(config, params, tokens_BT, context, execution)
   new_cache = []
-  for index, (kind, p, layer_cache) in enumerate(
-      zip(config.layers, layer_params, cache, strict=True)):
+  for index, (kind, layer_cache) in enumerate(
+      zip(config.layers, cache, strict=True)):
     x_BTD, _, layer_cache = Layer(config, kind, execution).apply(
-        {"params": p}, x_BTD, index, context, layer_cache)
+        {"params": params["layers"][str(index)]}, x_BTD, index, context,
+        layer_cache)
     new_cache.append(layer_cache)
-  hidden_BTD = Norm(config.norm).apply({"params": params["final_norm"]}, x_BTD)
-  return hidden_BTD, new_cache
+  return _final_norm(config, params, x_BTD), new_cache

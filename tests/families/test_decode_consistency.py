@@ -5,7 +5,7 @@ import pytest
 
 import jaxlm
 from jaxlm.model.cache import empty_cache
-from jaxlm.model.transformer import forward_with_cache, unstack_layers
+from jaxlm.model.transformer import forward_with_cache, per_layer
 import reference_models
 
 TOLERANCE = 3e-5
@@ -20,13 +20,13 @@ VARIANTS = ("qwen3_untied", "qwen3_moe_not_renormalized")
     "name", [name for name in reference_models.CASES if name not in VARIANTS])
 def test_cache_equals_the_whole_sequence(name):
   config, params, tokens_BT, expected_BTV = reference_models.case(name)
-  layers = unstack_layers(config, params)
+  params = per_layer(config, params)
   cache = empty_cache(config, len(PROMPTS), reference_models.LENGTH)
 
   @reference_models.quick_jit
-  def run(params, layers, cache, tokens_BT, positions_BT):
-    hidden_BTD, cache = forward_with_cache(config, params, layers, cache,
-                                           tokens_BT, positions_BT)
+  def run(params, cache, tokens_BT, positions_BT):
+    hidden_BTD, cache = forward_with_cache(config, params, cache, tokens_BT,
+                                           positions_BT)
     return jaxlm.logits(config, params, hidden_BTD), cache
 
   # The shorter prompt is padded on its left.
@@ -36,7 +36,7 @@ def test_cache_equals_the_whole_sequence(name):
     real_BT = positions_BT >= 0
     new_BT = np.where(real_BT,
                       np.take_along_axis(tokens_BT, positions_BT, 1), 7)
-    logits_BTV, cache = run(params, layers, cache, new_BT, positions_BT)
+    logits_BTV, cache = run(params, cache, new_BT, positions_BT)
     for row, real in enumerate(real_BT):
       expected = expected_BTV[row, positions_BT[row, real]]
       assert reference_models.relative_difference(
