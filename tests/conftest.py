@@ -1,4 +1,4 @@
-"""Fixtures that look into what a function computes, by its jaxpr."""
+"""Fixtures: what a function computes, seen by its jaxpr; quick compiling."""
 import functools
 import math
 
@@ -111,3 +111,12 @@ def largest_array():
     return max(math.prod(v.aval.shape) for eqn in _equations(jaxpr)
                for v in eqn.outvars)
   return largest
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+  """XLA optimises little: for tests that compile much and compute little."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)

@@ -11,6 +11,8 @@ from scipy import stats
 from jaxlm.config import MLPConfig, MoEConfig, RouterConfig
 from jaxlm.model import routing
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Two tokens whose softmax over four experts is, row by row,
 #   4/8 2/8 1/8 1/8   and   1/10 1/10 2/10 6/10.
 LOGITS = np.log(np.array([[4., 2, 1, 1], [1, 1, 2, 6]], np.float32))

@@ -10,6 +10,8 @@ import pytest
 from pallas_kernels.expert_matmul import expert_matmul
 from pallas_kernels.expert_matmul import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 IMPLEMENTATIONS = ("blocked", "ragged")
 
 # Name: (rows, D, F, rows of each expert). Sizes are pairwise distinct, and

@@ -8,6 +8,8 @@ import pytest
 from pallas_kernels.windowed_attention import (cached_attention,
                                                windowed_attention)
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Name: sizes (B, T, S, K, G, H), then options. S is T unless q_offset shifts
 # the queries.
 CASES = {

@@ -1,0 +1,103 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, RopeConfig)
+from jaxlm.model import cache as cache_lib
+from jaxlm.model import transformer
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+WINDOW = 5
+ROPED = ModelConfig(
+    61, 14, 3, AttentionConfig(6, 2, 10, RopeConfig(), RopeConfig(1e5),
+                               sliding_window=WINDOW, sinks=True),
+    mlp=MLPConfig(22), layer_pattern=("sliding", "full"))
+LEARNED = ModelConfig(61, 14, 2, AttentionConfig(3, 1, 4), mlp=MLPConfig(22),
+                      max_positions=19)
+
+
+def written(slots, *steps):
+  """Positions in the slots of a cache after writing rows of positions.
+
+  Keys and values are the positions too, so the three must agree.
+  """
+  batch = len(steps[0])
+  zeros = jnp.zeros((batch, slots, 1, 2))
+  cache = cache_lib.LayerCache(zeros, zeros,
+                               jnp.full((batch, slots), -1, jnp.int32))
+  for step in steps:
+    positions = jnp.array(step, jnp.int32)
+    k = jnp.broadcast_to(positions[..., None, None], (*positions.shape, 1, 2))
+    cache = cache_lib.write(cache, k.astype(jnp.float32),
+                            -k.astype(jnp.float32), positions)
+  holds = cache.positions_BS
+  for x, sign in ((cache.k_BSKH, 1), (cache.v_BSKH, -1)):
+    expected = jnp.where(holds < 0, 0, sign * holds)[..., None, None]
+    np.testing.assert_array_equal(x, jnp.broadcast_to(expected, x.shape))
+  return holds.tolist()
+
+
+def test_a_position_lives_in_its_slot():
+  assert written(4, [[0, 1, 2]]) == [[0, 1, 2, -1]]
+  assert written(4, [[0, 1, 2]], [[3]], [[4]], [[5]]) == [[4, 5, 2, 3]]
+
+
+def test_of_more_tokens_than_slots_the_last_stay():
+  assert written(3, [[0, 1, 2, 3, 4, 5, 6]]) == [[6, 4, 5]]
+  assert written(3, [[0, 1, 2, 3]], [[4]]) == [[3, 4, 2]]
+
+
+def test_padding_is_written_nowhere():
+  assert written(4, [[-1, -1, 0], [0, 1, 2]], [[1], [3]]) == [
+      [0, 1, -1, -1], [0, 1, 2, 3]]
+  # Padding pushes nothing out of a ring that has wrapped.
+  assert written(3, [[-1, -1, -1, 0, 1], [0, 1, 2, 3, 4]]) == [
+      [0, 1, -1], [3, 4, 2]]
+
+
+def test_sliding_layers_hold_a_window_and_full_layers_everything():
+  caches = cache_lib.empty_cache(ROPED, 2, 12, jnp.bfloat16)
+  assert [c.k_BSKH.shape for c in caches] == [
+      (2, WINDOW, 2, 10), (2, 12, 2, 10), (2, WINDOW, 2, 10)]
+  assert caches[0].k_BSKH.dtype == jnp.bfloat16
+  assert cache_lib.cache_slots(ROPED, "sliding", 3) == 3
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(config, params, caches, tokens, positions):
+  return transformer.forward_with_cache(config, params, caches, tokens,
+                                        positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole(config, params, tokens):
+  return transformer.forward(config, params, tokens).hidden_BTD
+
+
+@pytest.mark.parametrize("config, prompt", [(ROPED, 2), (ROPED, 9),
+                                            (LEARNED, 9)])
+def test_decoding_sees_what_the_whole_sequence_sees(config, prompt):
+  """Two rows, the first of them three tokens shorter and padded at the left."""
+  length, pad = 19, 3
+  params = transformer.init_params(config, jax.random.key(0))
+  tokens = np.random.default_rng(0).integers(0, 61, (2, length))
+  positions = np.stack([np.arange(length) - pad, np.arange(length)])
+  positions = np.maximum(positions, -1)
+  caches = cache_lib.empty_cache(config, 2, length)
+  hidden, caches = step(config, params, caches,
+                        tokens[:, :pad + prompt], positions[:, :pad + prompt])
+  rows = [hidden]
+  for t in range(pad + prompt, length):
+    hidden, caches = step(config, params, caches, tokens[:, t:t + 1],
+                          positions[:, t:t + 1])
+    rows.append(hidden)
+  found = np.concatenate(rows, 1)
+  tokens[0] = np.roll(tokens[0], -pad)
+  expected = whole(config, params, tokens)
+  np.testing.assert_allclose(found[0, pad:], expected[0, :-pad], rtol=1e-4,
+                             atol=1e-5)
+  np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
