@@ -1,10 +1,11 @@
 """A run small in every dimension; as a script, one that can be killed.
 
-python toy_training.py WORKDIR prints each step as it is reported, and at the
-end a hash of the parameters. Exit status as experiments give it.
+python toy_training.py WORKDIR [LARGEST_FILE] saves at every step, prints each
+as it is reported, and at the end a hash of the parameters.
 """
 import dataclasses
 import hashlib
+import resource
 import sys
 
 import jax
@@ -31,11 +32,9 @@ MOE = ModelConfig(
     attention=AttentionConfig(3, 1, 4, rope_full=RopeConfig()))
 
 TRAIN = TrainConfig(
-    steps=24, batch_size=4, seq_len=SEQ_LEN,
+    steps=40, batch_size=4, seq_len=SEQ_LEN,
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
     eval_every=8, eval_batches=2, log_every=3, checkpoint_every=5)
-
-LONG = dataclasses.replace(TRAIN, steps=400, checkpoint_every=4)
 
 
 def counting_data(seq_len: int = SEQ_LEN) -> DataBundle:
@@ -71,9 +70,12 @@ def digest(params) -> str:
   return total.hexdigest()
 
 
-def main(workdir: str) -> int:
+def main(workdir: str, largest_file: str = "") -> int:
+  if largest_file:  # as if the disk were full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest_file),) * 2)
+  config = dataclasses.replace(TRAIN, checkpoint_every=1)
   try:
-    [result] = train(DENSE, LONG, counting_data(), workdir, seeds=(7,),
+    [result] = train(DENSE, config, counting_data(), workdir, seeds=(7,),
                      on_step=lambda step, _: print(step, flush=True))
   except Interrupted as error:
     print(error, file=sys.stderr)
@@ -86,4 +88,4 @@ def main(workdir: str) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1]))
+  sys.exit(main(*sys.argv[1:]))

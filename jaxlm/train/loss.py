@@ -9,7 +9,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.model.transformer import unembedding
 
 # Logits held at a time; large enough for matmuls at full speed.
-CHUNK_LOGITS = 1 << 23
+CHUNK_LOGITS = 1 << 24
 
 
 def next_token_loss(config: ModelConfig, params: dict, hidden_BTD, targets_BT,

@@ -1,6 +1,11 @@
 """Programs that several tests compile are compiled once."""
+import types
+
 import jax
 import pytest
+
+from jaxlm.train import train
+import toy_training as toy
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +21,12 @@ def program_cache(tmp_path_factory):
   yield directory
   for name, value in before.items():
     jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, program_cache):
+  """An uninterrupted run: workdir, result, what on_step was told."""
+  workdir, shown = tmp_path_factory.mktemp("whole"), []
+  [result] = train(toy.DENSE, toy.TRAIN, toy.counting_data(), workdir,
+                   seeds=(7,), on_step=lambda *told: shown.append(told))
+  return types.SimpleNamespace(workdir=workdir, result=result, shown=shown)
