@@ -83,8 +83,11 @@ def whole(config, params, tokens):
 def test_decoding_sees_what_the_whole_sequence_sees(config, prompt):
   """Two rows, the first of them three tokens shorter and padded at the left."""
   length, pad = 19, 3
-  params = transformer.init_params(config, jax.random.key(0))
-  tokens = np.random.default_rng(0).integers(0, 61, (2, length))
+  random = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda leaf: 0.3 * random.normal(size=leaf.shape).astype(np.float32),
+      transformer.abstract_params(config))
+  tokens = random.integers(0, 61, (2, length))
   positions = np.stack([np.arange(length) - pad, np.arange(length)])
   positions = np.maximum(positions, -1)
   caches = cache_lib.empty_cache(config, 2, length)

@@ -43,14 +43,12 @@ MODELS = {"gpt-oss": GPT_OSS, "dense, then experts": DENSE_THEN_MOE,
 
 @functools.cache
 def params_of(config):
-  """Initial parameters, all moved off zero so that each of them matters."""
-  leaves, tree = jax.tree.flatten(
-      jax.jit(transformer.init_params, static_argnums=0)(config,
-                                                         jax.random.key(0)))
+  """Random parameters, none of them 0 or 1, so that each matters."""
   random = np.random.default_rng(1)
-  return tree.unflatten(
-      [leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32)
-       for leaf in leaves])
+  def leaf(path, like):
+    centre = 1 if "scale" in jax.tree_util.keystr(path[-1:]) else 0
+    return jnp.float32(centre + 0.3 * random.normal(size=like.shape))
+  return jax.tree.map_with_path(leaf, transformer.abstract_params(config))
 
 
 def tokens(batch, length, vocab_size=61, seed=0):
@@ -161,8 +159,9 @@ def loss_and_gradients(config, execution, params, tokens_BT, key):
 # Dropout and router noise are in it: what is computed again must draw the
 # same numbers again.
 STOCHASTIC = dataclasses.replace(
-    GPT_OSS, num_layers=5, mlp=MLPConfig(22), num_dense_layers=1, dropout=0.2,
-    moe=dataclasses.replace(MOE, router=RouterConfig("noisy_topk")))
+    GPT_OSS, num_layers=3, mlp=MLPConfig(22), num_dense_layers=1, dropout=0.2,
+    layer_pattern=("sliding",), moe=dataclasses.replace(
+        MOE, router=RouterConfig("noisy_topk")))
 
 
 @functools.cache
@@ -178,10 +177,10 @@ def run_stochastic(execution, per_layer=False):
 
 @pytest.mark.parametrize("execution, per_layer", [
     (Execution(), False),
-    (Execution(scan_layers=False, experts="ragged"), True),
-    (Execution(scan_layers=False, remat="full", experts="ragged"), False),
-    (Execution(remat="dots", experts="ragged"), False),
-    (Execution(remat="full", experts="ragged"), False),
+    (dataclasses.replace(PLAIN, scan_layers=False), True),
+    (dataclasses.replace(PLAIN, scan_layers=False, remat="full"), False),
+    (dataclasses.replace(PLAIN, remat="dots"), False),
+    (dataclasses.replace(PLAIN, remat="full"), False),
 ])
 def test_execution_changes_nothing(execution, per_layer):
   expected = run_stochastic(PLAIN)
