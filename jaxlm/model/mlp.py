@@ -24,12 +24,28 @@ ACTIVATIONS = {
 }
 
 
+@jax.custom_vjp
+def deinterleave(h):
+  """The even and the odd columns."""
+  return h[..., ::2], h[..., 1::2]
+
+
+def _deinterleave_backward(_, gradients):
+  # The transpose that autodiff finds pads each half and adds: thrice as slow
+  # on a CPU.
+  even, _ = gradients
+  return (jnp.stack(gradients, -1).reshape(*even.shape[:-1], -1),)
+
+
+deinterleave.defvjp(lambda h: (deinterleave(h), None), _deinterleave_backward)
+
+
 def activate(h, config: MLPConfig):
   """[..., 2F] (gate and up) or, not gated, [..., F] to [..., F]."""
   if not config.gated:
     return ACTIVATIONS[config.activation](h)
   if config.interleaved:
-    gate, up = h[..., ::2], h[..., 1::2]
+    gate, up = deinterleave(h)
   else:
     gate, up = jnp.split(h, 2, -1)
   if config.activation == "clamped_swiglu":

@@ -7,8 +7,8 @@ keep the loop near the speed of a large matmul:
 
 - it is flat. A loop over experts around a loop over their blocks makes XLA
   copy the whole output once for every expert;
-- the last block of an expert is computed at the smallest of four sizes that
-  holds it, so few rows are computed in vain;
+- the last block of an expert is computed at the smallest of up to eight sizes
+  that holds it, so few rows are computed in vain;
 - results are merged into the output in place, rows of other experts kept, so
   that neither input nor output needs padding.
 """
@@ -25,7 +25,7 @@ def block_rows(num_rows: int, num_experts: int) -> int:
 
 def _sizes(block: int) -> list[int]:
   """The sizes at which a block may be computed, ascending."""
-  step = max(8, -(-block // 4))
+  step = max(8, -(-block // 8))
   return [*range(step, block, step), block]
 
 

@@ -37,8 +37,8 @@ class Span(typing.NamedTuple):
 
 
 def chunk_rows(num_queries: int, window: int | None) -> int:
-  """Queries of a chunk: about the window, from 64 to 256."""
-  rows = 128 if window is None else 1 << (window - 1).bit_length()
+  """Queries of a chunk: half the window, or the length of a span; 64 to 256."""
+  rows = num_queries // MAX_SPANS if window is None else window // 2
   return min(num_queries, max(64, min(256, rows)))
 
 
