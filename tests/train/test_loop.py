@@ -176,7 +176,7 @@ def test_the_donated_state_is_used_again():
   """Training holds one copy of parameters and moments, not two."""
   programs = Programs(toy.DENSE, toy.TRAIN, (7,))
   batch = next(batches(toy.counting_data().train, 4, 7))
-  programs.compile(batch)
+  programs.compile()
   state = programs.init()
   pointers = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)}
   new, _ = programs.step(state, batch)
