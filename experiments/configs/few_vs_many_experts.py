@@ -1,0 +1,139 @@
+"""Few large or many small experts, at equal total and active parameters?
+
+An arm NofK has N experts of which each token goes through K. From 8of1 to
+64of8 experts are cut into ever smaller ones and nothing else changes; 32of4 is
+gpt-oss-20b in miniature, 128of8 Qwen3-30B-A3B. In an arm NofK_shared, one of
+the K experts is the same for all tokens.
+"""
+from experiments import budget as solver
+from experiments import design
+from experiments.claims import Claim
+
+MODEL = {
+    "arms": ("8of1", "16of2", "32of4", "64of8", "128of8", "32of4_shared"),
+    "baseline": "32of4",
+    "total_params": 410e3, "active_params": 75e3, "num_layers": 2,
+    "vocab_size": 260, "head_dim": 16, "num_kv_heads": 1,
+    "sliding_window": 128,
+    # Where the search for dimensions begins; d_expert is that of 8 experts.
+    "d_model": 48, "d_expert": 160, "dimension_step": 1,
+    # How far total and active parameters may move to suit all arms.
+    "slack": 0.05,
+}
+BUDGETS = {
+    # About a minute on 2 cores, most of it compilation.
+    "minute": {
+        "seeds": (0, 1), "data": {"max_bytes": 2_000_000},
+        "model": {"arms": ("8of1", "16of2", "16of2_shared"),
+                  "baseline": "16of2"},
+        "train": {"steps": 30, "batch_size": 4, "eval_batches": 4,
+                  "log_every": 5, "eval_every": 15},
+        "optimizer": {"warmup_steps": 5},
+        "learning_rate": {"base": 6e-3, "reference_d_model": 48},
+        "speed": {"repeats": 3, "seconds": 0.05, "new_tokens": 32}},
+    # About ten minutes on 2 cores.
+    "laptop": {
+        "train": {"steps": 200, "eval_every": 40, "checkpoint_every": 50},
+        "learning_rate": {"base": 6e-3, "reference_d_model": 48}},
+    # 25 minutes on one large GPU.
+    "gpu": {
+        "together": True,
+    },
+}
+
+
+def get_config(budget="laptop"):
+  return design.make_config(MODEL, BUDGETS, budget)
+
+
+def get_design(config) -> design.Design:
+  model, seq_len = config.model, config.train.seq_len
+  kinds = {name: _parse(name) for name in model.arms}
+  arms = {name: _arm(config, *kind) for name, kind in kinds.items()}
+  targets = solver.common_targets(
+      arms, {"total_params": model.total_params,
+             "active_params": model.active_params},
+      model.slack, seq_len=seq_len)
+  return design.Design(
+      "At equal total and active parameters, are many small experts better "
+      "than few large ones, and does a shared expert help?",
+      model.baseline,
+      solver.solve_arms(arms, targets=targets, seq_len=seq_len),
+      {name: _describe(kinds, name) for name in kinds}, _claims(kinds), {
+          "attention_params": "a router over more experts takes its "
+          "parameters from the other parts"})
+
+
+def _parse(name):
+  """32of4_shared: (32, 4, True)."""
+  numbers, _, suffix = name.partition("_")
+  total, of, active = numbers.partition("of")
+  if (not of or not total.isdecimal() or not active.isdecimal()
+      or suffix not in ("", "shared")):
+    raise ValueError(f"model.arms names {name!r}: use names such as '32of4' "
+                     "or '32of4_shared'")
+  return int(total), int(active), suffix == "shared"
+
+
+def _arm(config, num_experts, experts_per_token, shared):
+  model = config.model
+  def make(d_model, d_expert, num_heads):
+    return design.decoder(
+        config, model.num_layers, d_model, num_heads, moe=design.experts(
+            num_experts, experts_per_token, d_expert, shared))
+  def prefer(found):
+    return (solver.apart(found.d_model, model.d_model)
+            + design.attention_width_apart(found))
+  return {
+      "make": make, "prefer": prefer,
+      "free": {
+          "d_model": design.around(model.d_model, model.dimension_step,
+                                   0.7, 1.8),
+          "d_expert": design.around(model.d_expert * 8 / num_experts,
+                                    low=0.4),
+          "num_heads": design.heads_up_to(
+              config, 2 * model.d_model / model.head_dim)}}
+
+
+def _sparsity(kind):
+  num_experts, experts_per_token, _ = kind
+  return num_experts / experts_per_token
+
+
+def _describe(kinds, name):
+  num_experts, experts_per_token, shared = kinds[name]
+  text = f"{num_experts} experts of which {experts_per_token}"
+  if shared:
+    text += ", one of them for all tokens"
+  first = next(iter(kinds))
+  if _sparsity(kinds[name]) != _sparsity(kinds[first]):
+    text += (f"; another share of the experts than in {first}, so that "
+             "d_model has to differ too")
+  return text
+
+
+def _claims(kinds):
+  """Of arms that differ in nothing else."""
+  first = next(iter(kinds))
+  fine = sorted((name for name, kind in kinds.items()
+                 if _sparsity(kind) == _sparsity(kinds[first])
+                 and not kind[2]), key=lambda name: kinds[name][0])
+  claims = []
+  if len(fine) > 1:
+    claims.append(Claim(
+        "The finer the experts, the better",
+        "DeepSeekMoE (arXiv 2401.06066), Fig. 3; OLMoE (arXiv 2409.02060)",
+        "better at every step; OLMoE: 8 to 32 experts +10 %, 32 to 64 1-2 %",
+        "monotone", tuple(fine), "eval_loss",
+        remark="with diminishing returns"))
+  for name, kind in kinds.items():
+    plain = name.removesuffix("_shared")
+    if kind[2] and plain in kinds:
+      claims += [
+          Claim("A shared expert helps", "DeepSeekMoE (arXiv 2401.06066)",
+                "better", "less", (name, plain), "eval_loss",
+                remark="published results contradict each other"),
+          Claim("A shared expert hurts slightly", "OLMoE (arXiv 2409.02060)",
+                "slightly worse", "greater", (name, plain), "eval_loss",
+                remark="published results contradict each other")]
+  return tuple(claims)
