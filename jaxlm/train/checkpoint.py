@@ -161,7 +161,8 @@ def check_same(where, about: dict, expected: dict) -> None:
   def flat(tree):
     tree = json.loads(json.dumps(tree))
     return traverse_util.flatten_dict(tree, keep_empty_nodes=True, sep=".")
-  there, here = flat({name: about.get(name) for name in expected}), flat(expected)
+  there = flat({name: about.get(name) for name in expected})
+  here = flat(expected)
   differ = [f"{name}={there.get(name)!r} there, {here.get(name)!r} here"
             for name in {**there, **here} if there.get(name) != here.get(name)]
   if differ:

@@ -230,7 +230,8 @@ def _move_biases(model_config, params, load_LE, balancing):
   for i, stack in enumerate(stacks(model_config)):
     if not stack.kinds[0].moe:
       continue
-    first, period = stack.start - model_config.num_dense_layers, len(stack.kinds)
+    first = stack.start - model_config.num_dense_layers
+    period = len(stack.kinds)
     for j in range(period):
       move(params[f"stack_{i}"][f"layer_{j}"]["moe"],
            load_LE[first + j:first + stack.repeats * period:period])

@@ -12,10 +12,12 @@ import toy_training as toy
 def program_cache(tmp_path_factory):
   """A directory of compiled programs, this process's and its children's."""
   directory = tmp_path_factory.mktemp("programs")
-  options = {"jax_compilation_cache_dir": str(directory),
+  # Compiling these programs takes far longer than running them.
+  options = {"jax_disable_most_optimizations": True,
+             "jax_compilation_cache_dir": str(directory),
              "jax_persistent_cache_min_compile_time_secs": 0.2,
              "jax_persistent_cache_min_entry_size_bytes": -1}
-  before = {name: getattr(jax.config, name) for name in options}
+  before = {name: jax.config.values[name] for name in options}
   for name, value in options.items():
     jax.config.update(name, value)
   yield directory

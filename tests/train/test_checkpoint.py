@@ -9,6 +9,10 @@ import pytest
 
 from jaxlm.train.checkpoint import CheckpointError, Checkpoints
 
+# Damaged files leave tensorstore futures that nobody asks for their error.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning")
+
 EXPECTED = {"model": {"num_layers": 3, "norm": {"eps": 1e-5}}}
 
 

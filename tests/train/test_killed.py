@@ -19,6 +19,7 @@ SCRIPT = ROOT / "tests" / "toy_training.py"
 
 def start(program_cache, *arguments) -> subprocess.Popen:
   environment = os.environ | {
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       "JAX_COMPILATION_CACHE_DIR": str(program_cache),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

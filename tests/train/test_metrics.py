@@ -40,7 +40,8 @@ def test_a_resumed_run_cuts_off_what_it_will_log_again(tmp_path):
   assert lines(tmp_path) == again.kept == expected
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 6, "lo', b'{"step": 6, "loss": 1}'])
+@pytest.mark.parametrize("torn", [b'{"step": 6, "lo',
+                                  b'{"step": 6, "loss": 1}'])
 def test_a_torn_line_is_cut_off(tmp_path, torn):
   write(tmp_path, 0, (2, 4))
   with open(tmp_path / "metrics.jsonl", "ab") as file:

@@ -34,7 +34,8 @@ def test_schedules_rise_stay_and_fall(schedule, warmup, final):
   config = OptimizerConfig(learning_rate=0.5, schedule=schedule,
                            warmup_steps=warmup, decay_fraction=0.25,
                            final_fraction=final)
-  rate = np.asarray(learning_rate_schedule(config, steps)(jnp.arange(steps + 1)))
+  schedule_ = learning_rate_schedule(config, steps)
+  rate = np.asarray(schedule_(jnp.arange(steps + 1)))
   assert rate[0] > 0
   assert np.all(np.diff(rate[:warmup + 1]) > 0)
   np.testing.assert_allclose(rate[warmup], 0.5, rtol=1e-6)
