@@ -63,7 +63,7 @@ def _apply(eqn, args, flops):
     case "while":
       return _while(params, args, flops)
     case "scan":
-      return _scan(params, args, flops)
+      return _scan(eqn, args, flops)
   return _run(params.get("jaxpr") or params["call_jaxpr"], args, flops)
 
 
@@ -76,16 +76,22 @@ def _while(params, args, flops):
       (args[in_test + in_body:], flops))
 
 
-def _scan(params, args, flops):
-  consts, carries = params["num_consts"], params["num_carry"]
+def _scan(eqn, args, flops):
+  body, length = eqn.params["jaxpr"], eqn.params["length"]
+  # Scanned arrays have one axis more outside than in the body; what names the
+  # number of constants and carries differs between versions of jax.
+  same = lambda outside, inside: [
+      a.aval.shape == b.aval.shape for a, b in zip(outside, inside)]
+  carries = sum(same(eqn.outvars, body.jaxpr.outvars))
+  held = sum(same(eqn.invars, body.jaxpr.invars))
+  consts = args[:held - carries]
   def step(state, row):
     carry, flops = state
-    outputs, flops = _run(params["jaxpr"], args[:consts] + carry + row, flops)
+    outputs, flops = _run(body, consts + carry + row, flops)
     return (outputs[:carries], flops), outputs[carries:]
-  first = args[consts:consts + carries]
   (carry, flops), rows = jax.lax.scan(
-      step, (first, flops), args[consts + carries:], params["length"],
-      params["reverse"])
+      step, (args[held - carries:held], flops), args[held:], length,
+      eqn.params["reverse"])
   return carry + rows, flops
 
 
