@@ -111,7 +111,7 @@ def test_a_whole_number_is_a_float_and_a_config_is_itself():
     (MOE, dict(num_experts=0), "MoEConfig.num_experts=0: must be positive"),
     (MODEL, dict(d_model=-3), "ModelConfig.d_model=-3: must be positive"),
     (MODEL, dict(layer_pattern=()), "layer_pattern is empty: use kinds from"),
-    (MODEL, dict(layer_pattern=("local",)), "unknown kind 'local', use ('full'"),
+    (MODEL, dict(layer_pattern=("local",)), "unknown kind 'local', use ('f"),
     (MODEL, dict(attention=dataclasses.replace(ATTENTION, sliding_window=None)),
      "needs attention.sliding_window"),
     (MODEL, dict(mlp=None, moe=None), "neither mlp nor moe is given"),
