@@ -2,7 +2,7 @@
 
 Parameters are a nested dict of float32 arrays:
 
-  embedding [V, D]   positions [max_positions, D] (GPT-2)
+  embed   embedding [V, D] and, for GPT-2, positions [max_positions, D]
   stack_0, stack_1, ...   runs of layers (`jaxlm.config.stacks`), each a dict
     layer_0, layer_1, ...   of the layers of its period, whose leaves have the
     number of repeats in front

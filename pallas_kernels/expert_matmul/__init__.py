@@ -40,6 +40,9 @@ def _validate(x_MD, weights_EDF, group_sizes_E, bias_EF, implementation):
   if x_MD.ndim != 2 or weights_EDF.ndim != 3:
     raise ValueError(f"x {x_MD.shape} and weights {weights_EDF.shape}: "
                      "expected [M, D] and [E, D, F]")
+  if 0 in (*x_MD.shape, *weights_EDF.shape):
+    raise ValueError(f"x {x_MD.shape} and weights {weights_EDF.shape}: "
+                     "nothing to multiply")
   num_experts, dim_in, dim_out = weights_EDF.shape
   if x_MD.shape[1] != dim_in:
     raise ValueError(f"x {x_MD.shape} has rows of {x_MD.shape[1]}, weights "

@@ -33,6 +33,8 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
     ValueError: shapes, the window or the implementation do not fit.
   """
   _validate(q_BTNH, k_BSKH, v_BSKH, window, sinks_N, segment_ids_BS, q_offset)
+  if window is not None and window >= k_BSKH.shape[1]:
+    window = None
   if implementation == "auto":
     implementation = "chunked"
   if implementation not in IMPLEMENTATIONS:
@@ -69,6 +71,8 @@ def _validate(q, k, v, window, sinks_N, segment_ids_BS, q_offset):
   if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
     raise ValueError(f"q {q.shape} and k {k.shape} differ in batch or "
                      "head_dim")
+  if 0 in (*q.shape, *k.shape):
+    raise ValueError(f"q {q.shape} and k {k.shape}: nothing to attend")
   if q.shape[2] % k.shape[2]:
     raise ValueError(f"{q.shape[2]} query heads are not a multiple of "
                      f"{k.shape[2]} key heads")
