@@ -18,6 +18,7 @@ import jax
 from ml_collections import config_flags
 
 from experiments import runner
+from jaxlm.train.memory import keep_freed_memory
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
   command = f"python -m experiments.main {shlex.join(argv[1:])}"
   try:
     signal.signal(signal.SIGTERM, _terminate)
+    keep_freed_memory()
     return _run(argv, command)
   except UsageError as error:
     print(f"error: {error}\n\n{usage()}", file=sys.stderr)

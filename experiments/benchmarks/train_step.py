@@ -23,6 +23,7 @@ from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, MoEConfig,
                           NormConfig, RopeConfig, RouterConfig, YarnScaling)
 from jaxlm.model.costs import flops_per_token
 from jaxlm.model.transformer import Execution
+from jaxlm.train.memory import keep_freed_memory
 from jaxlm.train.optimizer import OptimizerConfig
 from jaxlm.train.step import TrainConfig, init_state, train_step
 
@@ -138,7 +139,11 @@ def main():
   parser.add_argument("--repeats", type=int, default=5, help="steps timed")
   parser.add_argument("--no-peer", action="store_true",
                       help="leave transformers + torch out")
+  parser.add_argument("--return-memory", action="store_true",
+                      help="leave malloc as it is, for both")
   flags = parser.parse_args()
+  if not flags.return_memory:
+    keep_freed_memory()
   for num_experts in flags.experts:
     config = model(num_experts)
     work = BATCH * SEQUENCE * flops_per_token(config, SEQUENCE).total
