@@ -30,8 +30,8 @@ class UsageError(Exception):
 def main(argv: list[str] | None = None) -> int:
   argv = list(sys.argv if argv is None else argv)
   command = f"python -m experiments.main {shlex.join(argv[1:])}"
+  handler = signal.signal(signal.SIGTERM, _terminate)
   try:
-    signal.signal(signal.SIGTERM, _terminate)
     keep_freed_memory()
     return _run(argv, command)
   except UsageError as error:
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
   except (ValueError, OSError, NotImplementedError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  finally:
+    signal.signal(signal.SIGTERM, handler)
 
 
 class _Terminated(KeyboardInterrupt):

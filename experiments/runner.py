@@ -62,7 +62,8 @@ class _Runner:
     plan.ablation(config, design, name, dict.fromkeys(self.models, 1.0), "", "")
 
   def run(self) -> None:
-    claim(self.workdir, plan.identity(self.config, self.design))
+    identity = plan.identity(self.config, self.design)
+    refuse_other(self.workdir, identity)
     tuning, runs = self._tuning_jobs(), self._run_jobs()
     with Progress(self.console, [*tuning, *runs]) as progress:
       self.progress = progress
@@ -72,6 +73,8 @@ class _Runner:
             options.source, options.tokenizer, self.config.train.seq_len,
             heldout_fraction=options.heldout_fraction,
             max_bytes=options.max_bytes or None)
+      results.write_bytes(self.workdir / "config.json",
+                          f"{json.dumps(identity, indent=1)}\n".encode())
       rates = self._learning_rates(tuning)
       self.train_configs = {
           arm: plan.train_config(self.config, model, rates[arm])
@@ -196,30 +199,28 @@ class _Runner:
       results.write(results.speed_path(self.workdir, arm), measured)
 
 
-def claim(workdir: pathlib.Path, identity: dict) -> None:
-  """Makes the workdir this ablation's, or refuses another's.
+def refuse_other(workdir: pathlib.Path, identity: dict) -> None:
+  """Refuses a workdir that holds another ablation.
 
   Raises:
     ValueError: naming what differs and the remedy.
   """
   path = workdir / "config.json"
-  if path.is_file():
-    try:
-      before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-      raise ValueError(f"{path} is damaged ({error}): choose another "
-                       "--workdir") from error
-    if differ := plan.differences(before, identity):
-      raise ValueError(
-          f"{workdir} holds an ablation with another config: "
-          f"{'; '.join(differ[:8])}{'; ...' if differ[8:] else ''}. Choose "
-          "another --workdir, or delete this one to begin anew")
+  if not path.is_file():
+    if results.ablation_path(workdir).is_file():
+      raise ValueError(f"{workdir} holds an ablation without config.json: "
+                       "choose another --workdir")
     return
-  if results.ablation_path(workdir).is_file():
-    raise ValueError(f"{workdir} holds an ablation without config.json: "
-                     "choose another --workdir")
-  text = json.dumps(identity, indent=1)
-  results.write_bytes(path, f"{text}\n".encode())
+  try:
+    before = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged ({error}): choose another "
+                     "--workdir") from error
+  if differ := plan.differences(before, identity):
+    raise ValueError(
+        f"{workdir} holds an ablation with another config: "
+        f"{'; '.join(differ[:8])}{'; ...' if differ[8:] else ''}. Choose "
+        "another --workdir, or delete this one to begin anew")
 
 
 def continued(workdir, before: results.Ablation,

@@ -16,7 +16,7 @@ from experiments.results import Speed
 from jaxlm.config import ModelConfig
 from jaxlm.decode import decode, prefill
 from jaxlm.model import costs
-from jaxlm.model.transformer import init_params, per_layer
+from jaxlm.model.transformer import per_layer
 from jaxlm.train import TrainConfig
 from jaxlm.train.programs import Programs
 
@@ -37,9 +37,12 @@ def measure(models: dict[str, ModelConfig],
   probes, memory = {}, {}
   for arm, model in models.items():
     on_arm(f"{arm}: compiling")
-    memory[arm] = Programs(model, train_configs[arm], (0,)).peak_memory_bytes
-    probes[arm] = _probes(model, train_configs[arm], prompt_tokens, new_tokens,
-                          seconds)
+    programs = Programs(model, train_configs[arm], (0,))
+    memory[arm] = programs.peak_memory_bytes
+    params = jax.jit(per_layer, static_argnums=0)(
+        model, programs.init().params)
+    probes[arm] = _probes(model, params, train_configs[arm].execution,
+                          prompt_tokens, new_tokens, seconds)
   found = collections.defaultdict(lambda: collections.defaultdict(list))
   for repeat in range(repeats):
     for arm, kinds in probes.items():
@@ -53,11 +56,8 @@ def measure(models: dict[str, ModelConfig],
       for arm, model in models.items()}
 
 
-def _probes(model, train_config, prompt_tokens, new_tokens, seconds):
+def _probes(model, params, execution, prompt_tokens, new_tokens, seconds):
   """Functions that time once, by the field of Speed they belong to."""
-  execution = train_config.execution
-  params = jax.jit(
-      lambda key: per_layer(model, init_params(model, key)))(jax.random.key(0))
   prompt = np.random.default_rng(0).integers(
       0, model.vocab_size, (1, prompt_tokens)).astype(np.int32)
   lengths = np.array([prompt_tokens], np.int32)

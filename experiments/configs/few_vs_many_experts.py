@@ -35,10 +35,24 @@ BUDGETS = {
     "laptop": {
         "train": {"steps": 200, "eval_every": 40, "checkpoint_every": 50},
         "learning_rate": {"base": 6e-3, "reference_d_model": 48}},
-    # 25 minutes on one large GPU.
+    # 25 minutes on one large GPU, by arithmetic and not yet by measurement:
+    # 7 arms of 5 seeds, 16 M tokens each, at 25 MFLOP a token are 1.4e16 FLOP,
+    # 20 minutes at 12 TFLOP/s, about 1 % of what such a GPU can do in bfloat16;
+    # five minutes remain for compiling.
     "gpu": {
         "together": True,
-    },
+        "model": {
+            "arms": ("8of1", "16of2", "32of4", "64of8", "128of8",
+                     "32of4_shared", "64of8_shared"),
+            "total_params": 20e6, "active_params": 3.6e6, "num_layers": 8,
+            "head_dim": 32, "num_kv_heads": 2, "d_model": 224,
+            "d_expert": 420, "dimension_step": 4},
+        "train": {"steps": 1000, "batch_size": 32, "seq_len": 512,
+                  "dtype": "bfloat16", "eval_every": 200, "eval_batches": 32,
+                  "checkpoint_every": 250},
+        "optimizer": {"warmup_steps": 100},
+        "learning_rate": {"base": 3e-3, "reference_d_model": 224},
+        "speed": {"prompt_tokens": 512}},
 }
 
 

@@ -33,11 +33,24 @@ BUDGETS = {
     "laptop": {
         "train": {"steps": 200, "eval_every": 40, "checkpoint_every": 50},
         "learning_rate": {"base": 6e-3, "reference_d_model": 48}},
-    # 25 minutes on one large GPU.
+    # 25 minutes on one large GPU, by arithmetic and not yet by measurement:
+    # 8 arms of 5 seeds, 15 M tokens each, at 25 MFLOP a token are 1.5e16 FLOP,
+    # 20 minutes at 12 TFLOP/s, about 1 % of what such a GPU can do in bfloat16;
+    # five minutes remain for compiling.
     "gpu": {
         "together": True,
-        "model": {"moe_depths": (2, 4, 8, 16), "dense_depths": (2, 4, 8, 16)},
-    },
+        "model": {
+            "moe_depths": (2, 4, 8, 16), "dense_depths": (2, 4, 8, 16),
+            "total_params": 20e6, "active_params": 3.6e6, "num_experts": 32,
+            "experts_per_token": 4, "head_dim": 32, "num_kv_heads": 2,
+            "reference_depth": 8, "d_model": 224, "d_expert": 110,
+            "dimension_step": 4, "slack": 0.02},
+        "train": {"steps": 900, "batch_size": 32, "seq_len": 512,
+                  "dtype": "bfloat16", "eval_every": 150, "eval_batches": 32,
+                  "checkpoint_every": 300},
+        "optimizer": {"warmup_steps": 100},
+        "learning_rate": {"base": 3e-3, "reference_d_model": 224},
+        "speed": {"prompt_tokens": 512}},
 }
 
 
@@ -116,7 +129,7 @@ def _claims(model):
   if wide == deep:
     return ()
   source = "Gemma 2 (arXiv 2408.00118), Table 9"
-  said = "often said of wide against deep models"
+  said = "S. Raschka, From GPT-2 to gpt-oss (2025)"
   return (
       Claim("At equal parameters, deeper is slightly better", source,
             "9B, mean of 4 benchmarks: deep 52.0, wide 50.8", "less",
