@@ -219,7 +219,7 @@ def refuse_other(workdir: pathlib.Path, identity: dict) -> None:
   if differ := plan.differences(before, identity):
     raise ValueError(
         f"{workdir} holds an ablation with another config: "
-        f"{'; '.join(differ[:8])}{'; ...' if differ[8:] else ''}. Choose "
+        f"{'; '.join(differ[:6])}{'; ...' if differ[6:] else ''}. Choose "
         "another --workdir, or delete this one to begin anew")
 
 
