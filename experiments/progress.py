@@ -123,7 +123,10 @@ class Progress:
         self._line(f"{job.label}  {text}")
 
     yield on_step
-    self._estimate.worked(job, 0, time.monotonic() - last if not first else 0)
+    if first:  # it stopped at its first step, or had been finished before
+      self._estimate.skip(job)
+    else:
+      self._estimate.worked(job, 0, time.monotonic() - last)
     self._finished += 1
     self._show_whole()
     if not self._live:

@@ -74,3 +74,13 @@ def test_bars_on_a_terminal():
   text = show(True)
   assert "whole ablation" in text and "2/2 runs" in text
   assert "step 2/2  loss 2.250" in text
+
+
+def test_a_run_without_steps_says_nothing_of_the_time_left():
+  """It diverged at its first step, or was finished but for its result."""
+  console = rich.console.Console(file=io.StringIO(), width=110)
+  with Progress(console, [job("wide"), job("deep")]) as progress:
+    with progress.running(job("wide")):
+      pass
+  line = console.file.getvalue().splitlines()[-1]
+  assert "1/2 runs" in line and "left" not in line
