@@ -10,11 +10,12 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.results import Speed
 from jaxlm.config import ModelConfig
-from jaxlm.decode import decode, prefill
+from jaxlm.decode import Sampling, decode, prefill, start
 from jaxlm.model import costs
 from jaxlm.model.transformer import per_layer
 from jaxlm.train import TrainConfig
@@ -66,11 +67,15 @@ def _probes(model, params, execution, prompt_tokens, new_tokens, seconds):
     return prefill(model, params, prompt, lengths, execution=execution,
                    max_length=prompt_tokens + new_tokens)
 
+  greedy, stop = Sampling().checked(), np.zeros(0, np.int32)
   logits, cache = read()
+  state = start(model, cache, logits, prompt, lengths, jax.random.key(0),
+                greedy, stop)
 
   def write():
-    return decode(model, params, cache, logits, lengths, jax.random.key(0),
-                  max_new_tokens=new_tokens, execution=execution)
+    # From a copy: the state is given away.
+    return decode(model, params, jax.tree.map(jnp.copy, state), greedy, stop,
+                  new_tokens - 1, most=new_tokens - 1, execution=execution)
 
   # The first of the new tokens comes from the prompt's logits.
   return {

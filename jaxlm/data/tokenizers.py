@@ -101,6 +101,14 @@ class HuggingFaceTokenizer:
     encoding = self._tokenizer.encode(text, add_special_tokens=False)
     return np.asarray(encoding.ids, np.int32)
 
+  def encode_marked(self, text: str) -> np.ndarray:
+    """As `encode`, but names of special tokens in the text mean the tokens."""
+    self._tokenizer.encode_special_tokens = False
+    try:
+      return self.encode(text)
+    finally:
+      self._tokenizer.encode_special_tokens = True
+
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     ids = check_ids(ids, self.vocab_size)
     return self._tokenizer.decode(ids, skip_special_tokens=False)

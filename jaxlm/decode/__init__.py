@@ -1,5 +1,4 @@
-"""From parameters to new tokens."""
-
-from jaxlm.decode.generate import decode
-from jaxlm.decode.generate import generate
-from jaxlm.decode.generate import prefill
+"""From parameters to new tokens, and from those to text."""
+from jaxlm.decode.generate import (State, decode, generate, prefill, start,
+                                   stream)
+from jaxlm.decode.sampling import Sampling

@@ -1,34 +1,54 @@
 """Generation: the prompt in one pass, then one token after the other.
 
-`generate` is for a few prompts; `prefill` and `decode` are the two compiled
-programs it is made of.
+`generate` gives all new tokens at once and `stream` gives them as they come;
+both are made of three compiled programs, `prefill`, `start` and `decode`.
 """
+from collections.abc import Iterator, Sequence
 import functools
-import math
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.cache import empty_cache
+from jaxlm.decode.sampling import Sampling, sample
+from jaxlm.model.cache import LayerCache, empty_cache
 from jaxlm.model.transformer import (Execution, forward_with_cache, logits,
                                      per_layer)
 
+# New tokens that `stream` hands over together: more would come in bursts,
+# fewer would leave and enter the compiled loop too often.
+CHUNK = 8
+
+
+class State(typing.NamedTuple):
+  """Where a batch of answers stands.
+
+  token_B: the newest tokens, not yet in the cache.  position_B: theirs.
+  done_B: ended by a stop token; such rows repeat it.
+  seen_BV: which tokens a row holds, or None without repetition penalty.
+  """
+  cache: list[LayerCache]
+  token_B: jax.Array
+  position_B: jax.Array
+  done_B: jax.Array
+  seen_BV: jax.Array | None
+  key: jax.Array
+
 
 def generate(config: ModelConfig, params: dict, tokens_BT, *,
-             max_new_tokens: int, lengths_B=None, temperature: float = 0.0,
-             seed: int = 0, eos: int | None = None,
+             max_new_tokens: int, lengths_B=None,
+             sampling: Sampling = Sampling(), seed: int = 0,
+             stop_tokens: Sequence[int] = (),
              execution: Execution = Execution()):
   """Continues prompts.
 
   Args:
     tokens_BT: int32. Shorter prompts are padded on their left, with any token.
     lengths_B: how many tokens of each row are prompt; all by default.
-    temperature: 0 takes the likeliest token; otherwise tokens are drawn from
-      the softmax of logits / temperature.
-    eos: after this token a row is filled up with it; when all rows are, no
-      more is computed.
+    stop_tokens: after one of these a row is filled up with it; when all rows
+      are, no more is computed.
 
   Returns:
     int32 [B, max_new_tokens].
@@ -36,19 +56,70 @@ def generate(config: ModelConfig, params: dict, tokens_BT, *,
   Raises:
     ValueError: a prompt or an argument is impossible.
   """
+  parts = _chunks(config, params, tokens_BT, lengths_B, max_new_tokens,
+                  sampling, seed, stop_tokens, execution, max_new_tokens,
+                  np.shape(tokens_BT)[-1] + max_new_tokens)
+  return jnp.concatenate(list(parts), 1)
+
+
+def stream(config: ModelConfig, params: dict, tokens_T, *, max_new_tokens: int,
+           sampling: Sampling = Sampling(), seed: int = 0,
+           stop_tokens: Sequence[int] = (),
+           execution: Execution = Execution()) -> Iterator[list[int]]:
+  """The tokens that follow one prompt, a few at a time.
+
+  Ends after max_new_tokens or before the first stop token. See `generate`.
+  Programs are compiled for a few lengths alone, to which prompts are padded.
+  """
+  tokens_BT = np.asarray(tokens_T)[None]
+  length = tokens_BT.shape[-1]
+  padding = rounded_length(length) - length
+  padded_BT = np.pad(tokens_BT, ((0, 0), (padding, 0)))
+  parts = _chunks(config, params, padded_BT, [length], max_new_tokens,
+                  sampling, seed, stop_tokens, execution, CHUNK,
+                  rounded_length(length + padding + max_new_tokens))
+  for part in parts:
+    tokens = np.asarray(part)[0].tolist()
+    ends = [i for i, token in enumerate(tokens) if token in stop_tokens]
+    if ends:
+      yield tokens[:ends[0]]
+      return
+    yield tokens
+
+
+def rounded_length(length: int) -> int:
+  """The least of 32, 64, 96, 128, 160, 192, 224, 256, 320, ... that holds it:
+  at most a quarter (32 below 128) too long."""
+  step = max(32, (1 << (length - 1).bit_length()) // 8)
+  return -(-length // step) * step
+
+
+def _chunks(config, params, tokens_BT, lengths_B, max_new_tokens, sampling,
+            seed, stop_tokens, execution, chunk, max_length):
+  """The new tokens in parts [B, n]: the first alone, then `chunk` at a time."""
   tokens_BT = np.asarray(tokens_BT)
   if lengths_B is None:
     lengths_B = np.full(tokens_BT.shape[:1], tokens_BT.shape[-1])
   lengths_B = np.asarray(lengths_B)
-  _validate(config, tokens_BT, lengths_B, max_new_tokens, temperature, eos)
+  _validate(config, tokens_BT, lengths_B, max_new_tokens, stop_tokens)
+  sampling = sampling.checked()
+  stop = np.array(sorted(stop_tokens), np.int32)
   params = _per_layer(config, params)
+  tokens_BT = tokens_BT.astype(np.int32)
   logits_BV, cache = prefill(
-      config, params, tokens_BT.astype(np.int32), lengths_B,
-      max_length=tokens_BT.shape[1] + max_new_tokens, execution=execution)
-  return decode(config, params, cache, logits_BV, lengths_B,
-                jax.random.key(seed), float(temperature),
-                -1 if eos is None else eos, max_new_tokens=max_new_tokens,
-                greedy=temperature == 0, execution=execution)
+      config, params, tokens_BT, lengths_B,
+      max_length=max_length, execution=execution)
+  state = start(config, cache, logits_BV, tokens_BT, lengths_B,
+                jax.random.key(seed), sampling, stop)
+  yield state.token_B[:, None]
+  left = max_new_tokens - 1
+  while left > 0:
+    count = min(left, chunk)
+    tokens, state = decode(config, params, state, sampling, stop,
+                           np.int32(count), most=chunk,
+                           execution=execution)
+    yield tokens[:, :count]
+    left -= count
 
 
 _per_layer = jax.jit(per_layer, static_argnums=0)
@@ -74,45 +145,73 @@ def prefill(config: ModelConfig, params: dict, tokens_BT, lengths_B, *,
   return logits(config, params, hidden_BTD[:, -1]), cache
 
 
-@functools.partial(
-    jax.jit, static_argnums=0,
-    static_argnames=("max_new_tokens", "greedy", "execution"))
-def decode(config: ModelConfig, params: dict, cache, logits_BV, lengths_B, key,
-           temperature=1.0, eos=-1, *, max_new_tokens: int,
-           greedy: bool = True, execution: Execution = Execution()):
-  """int32 [B, max_new_tokens] that follow what `prefill` returned.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def start(config: ModelConfig, cache, logits_BV, tokens_BT, lengths_B, key,
+          sampling: Sampling, stop_tokens) -> State:
+  """Chooses the first new tokens from what `prefill` returned."""
+  batch, length = tokens_BT.shape
+  seen_BV = None
+  if sampling.repetition_penalty is not None:
+    # Padding is written past the vocabulary, that is nowhere.
+    padding_BT = jnp.arange(length) < (length - lengths_B)[:, None]
+    column_BT = jnp.where(padding_BT, config.vocab_size, tokens_BT)
+    seen_BV = jnp.zeros((batch, config.vocab_size), bool).at[
+        jnp.arange(batch)[:, None], column_BT].set(True, mode="drop")
+  state = State(cache, jnp.zeros(batch, jnp.int32),
+                lengths_B.astype(jnp.int32) - 1, jnp.zeros(batch, bool),
+                seen_BV, key)
+  return _choose(state, logits_BV, sampling, stop_tokens)
+
+
+def _choose(state: State, logits_BV, sampling, stop_tokens) -> State:
+  """The state with the next tokens, their positions and the next key."""
+  key, next_key = jax.random.split(state.key)
+  chosen_B = sample(logits_BV, key, sampling, state.seen_BV)
+  token_B = jnp.where(state.done_B, state.token_B, chosen_B)
+  seen_BV = state.seen_BV
+  if seen_BV is not None:
+    seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+  return state._replace(
+      token_B=token_B, position_B=state.position_B + 1, seen_BV=seen_BV,
+      done_B=jnp.isin(token_B, stop_tokens), key=next_key)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2,
+                   static_argnames=("most", "execution"))
+def decode(config: ModelConfig, params: dict, state: State,
+           sampling: Sampling, stop_tokens, count, *, most: int,
+           execution: Execution = Execution()):
+  """The next `count` tokens, int32 [B, most], and the state after them.
 
   Args:
     params: best `per_layer`.
-    lengths_B: tokens in the cache, of each row.
-    eos: -1 for none.
+    sampling: `checked`.
+    stop_tokens: int32 [n], n may be 0.
+    count: at most `most`; what lies behind it in the result has no meaning.
   """
-  def choose(step, logits_BV):
-    if greedy:
-      return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-    return jax.random.categorical(jax.random.fold_in(key, step),
-                                  logits_BV / temperature).astype(jnp.int32)
+  def unfinished(carry):
+    step, state, _ = carry
+    return (step < count) & ~jnp.all(state.done_B)
 
-  def unfinished(state):
-    step, _, _, token_B = state
-    return (step < max_new_tokens) & jnp.any(token_B != eos)
-
-  def advance(state):
-    step, cache, new_BT, token_B = state
+  def advance(carry):
+    step, state, new_BT = carry
     hidden_BTD, cache = forward_with_cache(
-        config, params, cache, token_B[:, None],
-        (lengths_B + step - 1).astype(jnp.int32)[:, None], execution=execution)
-    chosen_B = choose(step, logits(config, params, hidden_BTD[:, 0]))
-    token_B = jnp.where(token_B == eos, eos, chosen_B)
-    return step + 1, cache, new_BT.at[:, step].set(token_B), token_B
+        config, params, state.cache, state.token_B[:, None],
+        state.position_B[:, None], execution=execution)
+    state = _choose(state._replace(cache=cache),
+                    logits(config, params, hidden_BTD[:, 0]), sampling,
+                    stop_tokens)
+    return step + 1, state, new_BT.at[:, step].set(state.token_B)
 
-  token_B = choose(0, logits_BV)
-  new_BT = jnp.full((len(token_B), max_new_tokens), eos, jnp.int32)
-  state = (jnp.int32(1), cache, new_BT.at[:, 0].set(token_B), token_B)
-  return jax.lax.while_loop(unfinished, advance, state)[2]
+  # Rows that have ended repeat their stop token.
+  new_BT = jnp.tile(state.token_B[:, None], (1, most))
+  step, state, new_BT = jax.lax.while_loop(
+      unfinished, advance, (jnp.int32(0), state, new_BT))
+  late_T = jnp.arange(most) >= step
+  return jnp.where(late_T, state.token_B[:, None], new_BT), state
 
 
-def _validate(config, tokens_BT, lengths_B, max_new_tokens, temperature, eos):
+def _validate(config, tokens_BT, lengths_B, max_new_tokens, stop_tokens):
   def require(condition, message):
     if not condition:
       raise ValueError(message)
@@ -139,10 +238,10 @@ def _validate(config, tokens_BT, lengths_B, max_new_tokens, temperature, eos):
           f"a prompt of {lengths_B.max()} tokens and max_new_tokens="
           f"{max_new_tokens} need {needed} positions, but the model has "
           f"{config.max_positions}: shorten one of them")
-  require(temperature >= 0 and math.isfinite(temperature),
-          f"temperature={temperature}: must be 0 or a positive number")
-  require(eos is None or 0 <= eos < config.vocab_size,
-          f"eos={eos} is outside the vocabulary of {config.vocab_size}")
+  outside = [token for token in stop_tokens
+             if not 0 <= token < config.vocab_size]
+  require(not outside, f"stop_tokens {outside} are outside the vocabulary of "
+          f"{config.vocab_size}")
   require(config.moe is None or config.moe.router.kind != "expert_choice",
           "router.kind='expert_choice' chooses tokens from a whole batch: it "
           "cannot generate token by token")

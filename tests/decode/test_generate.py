@@ -9,7 +9,8 @@ import pytest
 
 from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, MoEConfig,
                           RopeConfig, RouterConfig)
-from jaxlm.decode import generate
+from jaxlm.decode import Sampling, generate, stream
+from jaxlm.decode.generate import rounded_length
 from jaxlm.model.transformer import (Execution, forward, init_params,
                                      logits)
 
@@ -70,6 +71,52 @@ def test_greedy_is_the_argmax_of_the_forward_pass(config):
   assert len(np.unique(expected)) > 3  # not one token over and over
 
 
+@pytest.mark.parametrize("count", [1, 2, 9, NEW])
+def test_a_stream_gives_what_generate_gives(count):
+  """In the first chunk, at its end and in the next."""
+  new_BT = np.asarray(generate(CONFIG, params_of(CONFIG), PROMPTS[:1],
+                               max_new_tokens=NEW))
+  chunks = list(stream(CONFIG, params_of(CONFIG), PROMPTS[0],
+                       max_new_tokens=count))
+  assert sum(chunks, []) == new_BT[0, :count].tolist()
+  assert len(chunks) == 1 + -(-(count - 1) // 8)
+
+
+def test_a_stream_ends_before_a_stop_token():
+  free = sum(stream(LEARNED, params_of(LEARNED), PROMPTS[0],
+                    max_new_tokens=NEW), [])
+  for stop in set(free):
+    stopped = sum(stream(LEARNED, params_of(LEARNED), PROMPTS[0],
+                         max_new_tokens=NEW, stop_tokens=[stop, 60]), [])
+    assert stopped == free[:free.index(stop)] or 60 in free
+
+
+def test_lengths_are_rounded_to_a_few():
+  lengths = np.arange(1, 5000)
+  rounded = np.array([rounded_length(int(n)) for n in lengths])
+  assert (rounded >= lengths).all() and (np.diff(rounded) >= 0).all()
+  assert (rounded <= np.maximum(lengths + 31, lengths * 1.25)).all()
+  assert len(set(rounded)) < 40
+
+
+def test_tokens_of_prompt_and_answer_are_penalised():
+  """So strongly that none comes twice, nor from the prompt; padding counts
+  as no token of the prompt."""
+  padded, lengths = PROMPTS.copy(), [9, 4, 4]
+  padded[1, :5], padded[2, :5] = 0, 60
+  new_BT = np.asarray(generate(
+      LEARNED, params_of(LEARNED), padded, lengths_B=lengths,
+      max_new_tokens=NEW, sampling=Sampling(repetition_penalty=1e6)))
+  for row, length, new in zip(PROMPTS, lengths, new_BT):
+    assert len(set(new)) == NEW
+    assert not set(new) & set(row[9 - length:])
+  other = padded.copy()
+  other[1:, :5] = 7
+  np.testing.assert_array_equal(new_BT, generate(
+      LEARNED, params_of(LEARNED), other, lengths_B=lengths,
+      max_new_tokens=NEW, sampling=Sampling(repetition_penalty=1e6)))
+
+
 def test_prompts_of_unequal_lengths_are_independent():
   lengths = np.array([9, 4, 1])
   padded = PROMPTS.copy()
@@ -82,12 +129,12 @@ def test_prompts_of_unequal_lengths_are_independent():
         new, greedy_by_forward(CONFIG, row[LENGTH - length:], NEW))
 
 
-def test_a_row_ends_at_eos_and_the_others_go_on():
+def test_a_row_ends_at_a_stop_token_and_the_others_go_on():
   free = np.asarray(generate(LEARNED, params_of(LEARNED), PROMPTS,
                              max_new_tokens=NEW))
   eos = int(free[0, 4])
   new_BT = generate(LEARNED, params_of(LEARNED), PROMPTS, max_new_tokens=NEW,
-                    eos=eos)
+                    stop_tokens=[eos])
   for row, unhindered in zip(np.asarray(new_BT), free):
     first = np.append(np.flatnonzero(unhindered == eos), NEW)[0]
     np.testing.assert_array_equal(row[:first + 1], unhindered[:first + 1])
@@ -97,12 +144,12 @@ def test_a_row_ends_at_eos_and_the_others_go_on():
 def test_samples_follow_seed_and_temperature():
   sample = functools.partial(generate, LEARNED, params_of(LEARNED), PROMPTS,
                              max_new_tokens=NEW)
-  greedy = sample()
-  np.testing.assert_array_equal(sample(temperature=1.5, seed=4),
-                                sample(temperature=1.5, seed=4))
-  assert (sample(temperature=1.5, seed=4) != sample(
-      temperature=1.5, seed=5)).any()
-  np.testing.assert_array_equal(sample(temperature=1e-6), greedy)
+  greedy, warm, cold = sample(), Sampling(1.5), Sampling(1e-6)
+  np.testing.assert_array_equal(sample(sampling=warm, seed=4),
+                                sample(sampling=warm, seed=4))
+  assert (sample(sampling=warm, seed=4) != sample(
+      sampling=warm, seed=5)).any()
+  np.testing.assert_array_equal(sample(sampling=cold), greedy)
 
 
 def test_the_first_token_is_drawn_from_the_softmax():
@@ -110,7 +157,7 @@ def test_the_first_token_is_drawn_from_the_softmax():
   expected = jax.nn.softmax(
       logits_of(LEARNED, params_of(LEARNED), one)[0, -1] / 2)
   draws = generate(LEARNED, params_of(LEARNED), np.repeat(one, 2000, 0),
-                   max_new_tokens=1, temperature=2.0)
+                   max_new_tokens=1, sampling=Sampling(2.0))
   counts = np.bincount(np.asarray(draws)[:, 0], minlength=61) / 2000
   # Four standard deviations of a share of 2000 draws, and a little.
   spread = np.sqrt(expected * (1 - expected) / 2000)
@@ -127,9 +174,8 @@ def test_the_first_token_is_drawn_from_the_softmax():
     (dict(lengths_B=[3, 10, 2]), "3 lengths from 1 to 9"),
     (dict(max_new_tokens=0), "max_new_tokens=0"),
     (dict(max_new_tokens=12), "need 20 positions, but the model has 19"),
-    (dict(temperature=-1.0), "temperature=-1.0"),
-    (dict(temperature=float("nan")), "temperature=nan"),
-    (dict(eos=61), "eos=61"),
+    (dict(sampling=Sampling(-1.0)), "temperature=-1.0"),
+    (dict(stop_tokens=[3, 61]), r"stop_tokens \[61\]"),
 ])
 def test_impossible_arguments_are_named(changes, message):
   arguments = {"tokens_BT": PROMPTS, "max_new_tokens": 2, **changes}

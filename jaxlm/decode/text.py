@@ -1,0 +1,58 @@
+"""Text from tokens while they come, up to a stop string."""
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+# What decoders write for bytes that are no whole character yet.
+INCOMPLETE = "\ufffd"
+
+
+def stream_text(chunks: Iterable[Sequence[int]],
+                decode: Callable[[list[int]], str],
+                stop_strings: Sequence[str] = ()) -> Iterator[str]:
+  """The text of tokens that come in chunks, in pieces.
+
+  Ends before the first stop string, of which nothing is shown: what may be its
+  beginning is held back until that is settled.
+
+  Args:
+    decode: token ids to text.
+  """
+  if not all(stop_strings):
+    raise ValueError(f"stop_strings={list(stop_strings)}: an empty string "
+                     "would stop everything")
+  held = ""
+  for piece in _pieces(chunks, decode):
+    held += piece
+    ends = [i for i in map(held.find, stop_strings) if i >= 0]
+    if ends:
+      yield held[:min(ends)]
+      return
+    keep = max((_overlap(held, stop) for stop in stop_strings), default=0)
+    if len(held) > keep:
+      yield held[:len(held) - keep]
+      held = held[len(held) - keep:]
+  if held:
+    yield held
+
+
+def _pieces(chunks, decode) -> Iterator[str]:
+  """What each chunk adds to the text.
+
+  A token's text depends on those before it (spaces, characters of several
+  tokens), so that each chunk is decoded together with the one before.
+  """
+  context, waiting = [], []
+  for chunk in chunks:
+    waiting += chunk
+    before, text = decode(context), decode(context + waiting)
+    if text.endswith(INCOMPLETE):
+      continue
+    yield text[len(before):]
+    context, waiting = waiting, []
+  if waiting:
+    yield decode(context + waiting)[len(decode(context)):]
+
+
+def _overlap(text: str, stop: str) -> int:
+  """The length of the longest end of `text` that begins `stop`."""
+  return next(n for n in range(min(len(text), len(stop) - 1), -1, -1)
+              if text.endswith(stop[:n]))
