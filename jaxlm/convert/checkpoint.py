@@ -58,6 +58,17 @@ def leaf_shapes(config: ModelConfig,
   return shapes
 
 
+def packed_leaves(config: ModelConfig, rules, theirs) -> set[str]:
+  """Paths of the leaves that a format's tensors hold in MXFP4."""
+  packed = set()
+  for rule in rules:
+    path, _, part = rule.ours[0].rpartition("/")
+    if part == "blocks":
+      packed |= {path.format(layer=i) for i in range(config.num_layers)
+                 if rule.theirs[0].format(layer=i) in theirs}
+  return packed
+
+
 def named_leaves(tree) -> dict:
   """Leaves by path, such as layers/0/mlp/down."""
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf

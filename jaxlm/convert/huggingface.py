@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from jaxlm import families
 from jaxlm.convert import files, shards
-from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes
+from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes, packed_leaves
 from jaxlm.convert.rules import bind, to_ours, to_theirs
 from jaxlm.convert.tensors import Tensor
 from jaxlm.families.family import Family
@@ -35,7 +35,7 @@ def read(directory: pathlib.Path) -> Checkpoint:
   tensors = _of_the_text_model(family, shards.read_directory(directory))
   if config.tie_embeddings:
     tensors.pop("lm_head.weight", None)  # A copy that some files have.
-  shapes = leaf_shapes(config, _packed(family, config, tensors))
+  shapes = leaf_shapes(config, packed_leaves(config, family.rules, tensors))
   text = values.get("text_config", values)
   return Checkpoint(
       config, to_ours(bind(family.rules, shapes), tensors, str(directory)),
@@ -57,17 +57,6 @@ def _of_the_text_model(family: Family, tensors) -> dict[str, Tensor]:
     warnings.warn(f"{len(vision)} tensors of the part that reads images are "
                   "left out: only the text decoder is read", stacklevel=2)
   return result
-
-
-def _packed(family: Family, config, tensors) -> set[str]:
-  """Paths of the leaves that are here in MXFP4."""
-  packed = set()
-  for rule in family.rules:
-    path, _, part = rule.ours[0].rpartition("/")
-    if part == "blocks":
-      packed |= {path.format(layer=i) for i in range(config.num_layers)
-                 if rule.theirs[0].format(layer=i) in tensors}
-  return packed
 
 
 def write(checkpoint: Checkpoint, directory: pathlib.Path,

@@ -111,7 +111,7 @@ def summarize(names) -> list[str]:
     whole = all(column == list(range(column[0], column[-1] + 1))
                 for column in numbers)
     count = np.prod([len(column) for column in numbers], dtype=np.int64)
-    if len(members) > 3 and whole and count == len(members):
+    if whole and count == len(members):
       result.append(template.format(*(
           f"{{{column[0]}..{column[-1]}}}" if len(column) > 1 else column[0]
           for column in numbers)))

@@ -66,15 +66,19 @@ def hf_family(config: ModelConfig) -> tuple[Family, dict]:
       said = family.from_hf_config(values)
     except (ValueError, NotImplementedError):
       continue
-    if _canonical(said) == _canonical(config):
+    if same_function(said, config):
       return family, values
   raise ValueError(
       f"no family of Hugging Face's ({', '.join(FAMILIES)}) has this "
       f"architecture: {config}")
 
 
+def same_function(a: ModelConfig, b: ModelConfig) -> bool:
+  """Whether two configs compute the same from the same parameters."""
+  return _canonical(a) == _canonical(b)
+
+
 def _canonical(config: ModelConfig) -> ModelConfig:
-  """Without what does not change the function that a checkpoint computes."""
   kinds = {layer.attention for layer in config.layers}
   attention = config.attention
   attention = dataclasses.replace(
