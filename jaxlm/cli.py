@@ -1,5 +1,6 @@
 """The console command `jaxlm`."""
 import argparse
+import functools
 import re
 import sys
 import warnings
@@ -7,6 +8,8 @@ import warnings
 import rich.console
 import rich.progress
 import rich.table
+
+from jaxlm import cli_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(metavar="COMMAND", required=True)
   _add_convert(commands)
   _add_inspect(commands)
+  add = functools.partial(_add, commands)
+  cli_text.add_generate(add)
+  cli_text.add_chat(add)
   return parser
 
 

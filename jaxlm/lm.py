@@ -14,7 +14,7 @@ from jaxlm.convert import formats
 from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes, named_leaves
 from jaxlm.convert.tensors import cast, check, of_array
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
-from jaxlm.decode.generate import generate
+from jaxlm.decode import Sampling, generate
 from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
 
 
@@ -42,14 +42,39 @@ class LM:
       return None
     try:
       tokenizer = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
-      settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
-      end = settings.get("eos_token")
     except Exception as error:  # tokenizers raises no other
       raise ValueError(f"the checkpoint's tokenizer cannot be read: {error}"
                        ) from error
     return HuggingFaceTokenizer(
-        tokenizer, end_of_document=end["content"] if isinstance(end, dict)
-        else end, where="tokenizer.json")
+        tokenizer, end_of_document=self.tokenizer_settings.get("eos_token"),
+        where="tokenizer.json")
+
+  @functools.cached_property
+  def tokenizer_settings(self) -> dict:
+    """tokenizer_config.json, special tokens by their text."""
+    settings = self._json("tokenizer_config.json")
+    return {name: value["content"] if isinstance(value, dict)
+            and "content" in value else value
+            for name, value in settings.items()}
+
+  @property
+  def stop_tokens(self) -> tuple[int, ...]:
+    """After which a text is over, of all that the checkpoint names."""
+    found = [values.get("eos_token_id") for values in (
+        self.about, self._json("generation_config.json"))]
+    if self.tokenizer is not None:
+      found.append(self.tokenizer.end_of_document)
+    return tuple({token: None for tokens in found if tokens is not None
+                  for token in (tokens if isinstance(tokens, list)
+                                else [tokens])})
+
+  def _json(self, name: str) -> dict:
+    try:
+      values = json.loads(self.files.get(name, b"{}"))
+    except ValueError as error:
+      raise ValueError(f"the checkpoint's {name} cannot be read: {error}"
+                       ) from error
+    return values if isinstance(values, dict) else {}
 
   @property
   def execution(self) -> Execution:
@@ -76,11 +101,19 @@ class LM:
     return _logits(self.config, self.params, tokens_BT.astype(np.int32),
                    self.execution)
 
-  def generate(self, tokens_BT, max_new_tokens: int = 64, **options):
-    """Continues prompts: see jaxlm.decode.generate. int32 [B, new]."""
+  def generate(self, tokens_BT, max_new_tokens: int = 64,
+               temperature: float = 0.0, top_k: int | None = None,
+               top_p: float | None = None, min_p: float | None = None,
+               repetition_penalty: float | None = None, **options):
+    """Continues prompts: see jaxlm.decode's generate and Sampling.
+
+    Returns:
+      int32 [B, max_new_tokens].
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     return generate(self.config, self.params, tokens_BT,
-                    max_new_tokens=max_new_tokens, execution=self.execution,
-                    **options)
+                    max_new_tokens=max_new_tokens, sampling=sampling,
+                    execution=self.execution, **options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -109,6 +109,13 @@ class HuggingFaceTokenizer:
     finally:
       self._tokenizer.encode_special_tokens = True
 
+  def encode_prompt(self, text: str) -> np.ndarray:
+    """As `encode`, with what the model is used to see before a text (BOS)."""
+    return np.asarray(self._tokenizer.encode(text).ids, np.int32)
+
+  def token_id(self, name: str) -> int | None:
+    return self._tokenizer.token_to_id(name)
+
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     ids = check_ids(ids, self.vocab_size)
     return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,184 +1,67 @@
-"""Conversations: how messages become tokens, and tokens an answer.
+"""Conversations with a model.
 
 A format has `stop_tokens`, `prompt(messages)`, which gives the tokens an
 answer follows, and `pieces(chunks)`, which gives the answer's text while its
 tokens come. Messages are dicts of "role" ("system", "user", "assistant") and
 "content".
 """
-from collections.abc import Iterable, Iterator, Sequence
-import datetime
+from collections.abc import Iterator, Sequence
 import json
-import os
-import pathlib
-import tempfile
-import typing
 
-import jinja2
-import jinja2.sandbox
+from jaxlm.decode.generate import stream
+from jaxlm.decode.harmony import HarmonyFormat
+from jaxlm.decode.sampling import Sampling
+from jaxlm.decode.template import TemplateFormat
+from jaxlm.decode.text import Piece
 
-from jaxlm.decode.text import stream_text
-
-
-class Piece(typing.NamedTuple):
-  """Some text of an answer; what is not "final" is thinking aloud."""
-  channel: str
-  text: str
+# The special token by which a tokenizer shows that it is made for harmony.
+HARMONY = "<|channel|>"
 
 
-class TemplateFormat:
-  """The Jinja template that a checkpoint's tokenizer_config.json carries.
+def chat_format(lm, *, thinking: bool | None = None,
+                reasoning: str = "medium", vocabulary=None,
+                stop_strings: Sequence[str] = ()):
+  """The format that a checkpoint's tokenizer asks for.
 
   Args:
-    tokenizer: what `encode_marked` and `decode` of
-      `jaxlm.data.tokenizers.HuggingFaceTokenizer` are.
-    template: Jinja; run in a sandbox, for it comes from strangers.
-    variables: what the template is told besides the messages: `bos_token`,
-      `eos_token`, and switches such as Qwen3's `enable_thinking`.
+    lm: a `jaxlm.LM`.
+    thinking: for templates that know the switch (Qwen3); None is their
+      default.
+    reasoning, vocabulary: harmony's (see `HarmonyFormat`).
+    stop_strings: an answer ends before the first of them.
+
+  Raises:
+    ValueError: the checkpoint has no tokenizer or no chat template.
   """
-
-  def __init__(self, tokenizer, template: str, stop_tokens: Sequence[int],
-               stop_strings: Sequence[str] = (), **variables):
-    self.stop_tokens = tuple(stop_tokens)
-    self._tokenizer, self._stop_strings = tokenizer, stop_strings
-    self._variables = variables
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-    try:
-      self._template = environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-      raise ValueError(f"the chat template does not parse, line {error.lineno}"
-                       f": {error.message}") from error
-
-  def text(self, messages: Sequence[dict]) -> str:
-    """The prompt as text.
-
-    Raises:
-      ValueError: the template refuses the messages.
-    """
-    try:
-      return self._template.render(messages=messages, tools=None,
-                                   add_generation_prompt=True,
-                                   **self._variables)
-    except (jinja2.TemplateError, TypeError) as error:
-      raise ValueError(f"the chat template refuses the messages: {error}"
-                       ) from error
-
-  def prompt(self, messages: Sequence[dict]) -> list[int]:
-    return self._tokenizer.encode_marked(self.text(messages)).tolist()
-
-  def pieces(self, chunks: Iterable[Sequence[int]]) -> Iterator[Piece]:
-    for text in stream_text(chunks, self._tokenizer.decode,
-                            self._stop_strings):
-      yield Piece("final", text)
+  tokenizer = lm.tokenizer
+  if (200002 in lm.stop_tokens if tokenizer is None
+      else tokenizer.token_id(HARMONY) is not None):
+    return HarmonyFormat(reasoning, vocabulary)
+  settings = lm.tokenizer_settings
+  template = settings.get("chat_template")
+  if "chat_template.jinja" in lm.files:
+    template = lm.files["chat_template.jinja"].decode()
+  if isinstance(template, list):  # several, by name
+    template = {t["name"]: t["template"] for t in template}.get("default")
+  if tokenizer is None or template is None:
+    raise ValueError("the checkpoint has no "
+                     f"{'tokenizer' if tokenizer is None else 'chat template'}"
+                     ": it cannot chat; `jaxlm generate` continues text")
+  variables = {name: settings[name] for name in ("bos_token", "eos_token")
+               if name in settings}
+  if thinking is not None:
+    if "enable_thinking" not in template:
+      raise ValueError("the checkpoint's chat template has no enable_thinking: "
+                       "it cannot be told to think or not to")
+    variables["enable_thinking"] = thinking
+  return TemplateFormat(tokenizer, template, lm.stop_tokens, stop_strings,
+                        **variables)
 
 
-def _to_json(value, ensure_ascii=False, **options):
-  return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _refuse(message):
-  raise jinja2.TemplateError(message)
-
-
-def _now(format_):
-  return datetime.datetime.now().strftime(format_)
-
-
-REASONING = ("low", "medium", "high")
-
-
-class HarmonyFormat:
-  """gpt-oss's harmony, by openai-harmony.
-
-  Args:
-    reasoning: how long the model thinks, one of `REASONING`.
-    vocabulary: the file o200k_base.tiktoken, or the folder it lies in; None
-      leaves it to the library, which keeps a copy and else downloads it.
-    date: what the model is told the day is, "2025-08-05"; None tells nothing.
-  """
-
-  def __init__(self, reasoning: str = "medium",
-               vocabulary: str | os.PathLike | None = None,
-               date: str | None = None):
-    if reasoning not in REASONING:
-      raise ValueError(f"reasoning={reasoning!r}: use one of {REASONING}")
-    self._encoding = _harmony_encoding(vocabulary)
-    self._reasoning, self._date = reasoning, date
-    self.stop_tokens = tuple(
-        self._encoding.stop_tokens_for_assistant_actions())
-
-  def prompt(self, messages: Sequence[dict]) -> list[int]:
-    import openai_harmony as harmony
-    system = harmony.SystemContent.new().with_reasoning_effort(
-        harmony.ReasoningEffort(self._reasoning.capitalize()))
-    if self._date:
-      system = system.with_conversation_start_date(self._date)
-    conversation = [harmony.Message.from_role_and_content(
-        harmony.Role.SYSTEM, system)]
-    for message in messages:
-      conversation.append(_harmony_message(message))
-    return self._encoding.render_conversation_for_completion(
-        harmony.Conversation.from_messages(conversation),
-        harmony.Role.ASSISTANT)
-
-  def pieces(self, chunks: Iterable[Sequence[int]]) -> Iterator[Piece]:
-    import openai_harmony as harmony
-    parser = harmony.StreamableParser(self._encoding, harmony.Role.ASSISTANT,
-                                      strict=False)
-    for chunk in chunks:
-      for token in chunk:
-        parser.process(token)
-        if parser.last_content_delta:
-          yield Piece(parser.current_channel or "final",
-                      parser.last_content_delta)
-
-
-def _harmony_message(message: dict):
-  """What others call system is the developer's part in harmony."""
-  import openai_harmony as harmony
-  role, content = message["role"], message["content"]
-  if role == "system":
-    return harmony.Message.from_role_and_content(
-        harmony.Role.DEVELOPER,
-        harmony.DeveloperContent.new().with_instructions(content))
-  result = harmony.Message.from_role_and_content(harmony.Role(role), content)
-  return result.with_channel("final") if role == "assistant" else result
-
-
-def _harmony_encoding(vocabulary):
-  try:
-    import openai_harmony as harmony
-  except ImportError as error:
-    raise ValueError("gpt-oss's chat format needs the package openai-harmony: "
-                     "pip install 'jaxlm[harmony]'") from error
-  name = harmony.HarmonyEncodingName.HARMONY_GPT_OSS
-  try:
-    if vocabulary is None:
-      return harmony.load_harmony_encoding(name)
-    return _from_file(pathlib.Path(vocabulary), harmony, name)
-  except harmony.HarmonyError as error:
-    raise ValueError(
-        f"gpt-oss's vocabulary {vocabulary or ''} cannot be read ({error}): "
-        "download o200k_base.tiktoken from https://openaipublic.blob.core."
-        "windows.net/encodings/ and name the file") from error
-
-
-def _from_file(path: pathlib.Path, harmony, name):
-  """The library looks for a file of one name in a folder of its own."""
-  if path.is_dir():
-    path = path / "o200k_base.tiktoken"
-  if not path.is_file():
-    raise ValueError(f"{path}: there is no such vocabulary file")
-  before = os.environ.get("TIKTOKEN_ENCODINGS_BASE")
-  with tempfile.TemporaryDirectory() as folder:
-    pathlib.Path(folder, "o200k_base.tiktoken").symlink_to(path.resolve())
-    os.environ["TIKTOKEN_ENCODINGS_BASE"] = folder
-    try:
-      return harmony.load_harmony_encoding(name)
-    finally:
-      del os.environ["TIKTOKEN_ENCODINGS_BASE"]
-      if before is not None:
-        os.environ["TIKTOKEN_ENCODINGS_BASE"] = before
+def answer(lm, format_, messages: Sequence[dict], *, max_new_tokens: int,
+           sampling: Sampling = Sampling(), seed: int = 0) -> Iterator[Piece]:
+  """What the model says next, while it says it."""
+  chunks = stream(lm.config, lm.params, format_.prompt(messages),
+                  max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+                  stop_tokens=format_.stop_tokens, execution=lm.execution)
+  return format_.pieces(chunks)

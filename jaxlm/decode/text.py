@@ -1,5 +1,13 @@
 """Text from tokens while they come, up to a stop string."""
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import typing
+
+
+class Piece(typing.NamedTuple):
+  """Some text of an answer; what is not "final" is thinking aloud."""
+  channel: str
+  text: str
+
 
 # What decoders write for bytes that are no whole character yet.
 INCOMPLETE = "\ufffd"

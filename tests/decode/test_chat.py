@@ -8,7 +8,9 @@ import tokenizers
 import transformers
 
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
-from jaxlm.decode.chat import HarmonyFormat, Piece, TemplateFormat
+from jaxlm.decode.harmony import HarmonyFormat
+from jaxlm.decode.template import TemplateFormat
+from jaxlm.decode.text import Piece
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
