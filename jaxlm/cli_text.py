@@ -71,8 +71,22 @@ def _load(args):
   return jaxlm.load(args.source, args.dtype), sampling
 
 
-def generate(args):
+def _chunks(args, lm, tokens, sampling, seed, stop_tokens):
+  """The tokens that follow, as many as the model's context holds."""
   from jaxlm.decode import stream
+  most = args.max_new_tokens
+  context = lm.about.get("max_position_embeddings")
+  if context is not None:
+    if len(tokens) >= context:
+      raise ValueError(f"{len(tokens)} tokens so far, but the model's context "
+                       f"holds {context}: begin anew, or say it in fewer words")
+    most = min(most, context - len(tokens))
+  return _Counted(stream(
+      lm.config, lm.params, tokens, max_new_tokens=most, sampling=sampling,
+      seed=seed, stop_tokens=stop_tokens, execution=lm.execution))
+
+
+def generate(args):
   from jaxlm.decode.text import stream_text
   lm, sampling = _load(args)
   if lm.tokenizer is None:
@@ -83,10 +97,7 @@ def generate(args):
   if not len(tokens):
     raise ValueError("the prompt is empty: give --prompt or some standard "
                      "input")
-  chunks = _Counted(stream(
-      lm.config, lm.params, tokens, max_new_tokens=args.max_new_tokens,
-      sampling=sampling, seed=args.seed, stop_tokens=lm.stop_tokens,
-      execution=lm.execution))
+  chunks = _chunks(args, lm, tokens, sampling, args.seed, lm.stop_tokens)
   for text in stream_text(chunks, lm.tokenizer.decode,
                           [_unescaped(stop) for stop in args.stop]):
     print(text, end="", flush=True)
@@ -126,11 +137,8 @@ def _asked():
 
 def _answer(args, lm, format_, messages, sampling, seed) -> str:
   """Prints an answer and returns what of it is final."""
-  from jaxlm.decode import stream
-  chunks = _Counted(stream(
-      lm.config, lm.params, format_.prompt(messages),
-      max_new_tokens=args.max_new_tokens, sampling=sampling, seed=seed,
-      stop_tokens=format_.stop_tokens, execution=lm.execution))
+  chunks = _chunks(args, lm, format_.prompt(messages), sampling, seed,
+                   format_.stop_tokens)
   final = ""
   try:
     pieces = format_.pieces(chunks)

@@ -5,14 +5,10 @@ answer follows, and `pieces(chunks)`, which gives the answer's text while its
 tokens come. Messages are dicts of "role" ("system", "user", "assistant") and
 "content".
 """
-from collections.abc import Iterator, Sequence
-import json
+from collections.abc import Sequence
 
-from jaxlm.decode.generate import stream
 from jaxlm.decode.harmony import HarmonyFormat
-from jaxlm.decode.sampling import Sampling
 from jaxlm.decode.template import TemplateFormat
-from jaxlm.decode.text import Piece
 
 # The special token by which a tokenizer shows that it is made for harmony.
 HARMONY = "<|channel|>"
@@ -56,12 +52,3 @@ def chat_format(lm, *, thinking: bool | None = None,
     variables["enable_thinking"] = thinking
   return TemplateFormat(tokenizer, template, lm.stop_tokens, stop_strings,
                         **variables)
-
-
-def answer(lm, format_, messages: Sequence[dict], *, max_new_tokens: int,
-           sampling: Sampling = Sampling(), seed: int = 0) -> Iterator[Piece]:
-  """What the model says next, while it says it."""
-  chunks = stream(lm.config, lm.params, format_.prompt(messages),
-                  max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-                  stop_tokens=format_.stop_tokens, execution=lm.execution)
-  return format_.pieces(chunks)
