@@ -18,8 +18,8 @@ def stream_text(chunks: Iterable[Sequence[int]],
                 stop_strings: Sequence[str] = ()) -> Iterator[str]:
   """The text of tokens that come in chunks, in pieces.
 
-  Ends before the first stop string, of which nothing is shown: what may be its
-  beginning is held back until that is settled.
+  Ends before the stop string that is complete first, of which nothing is shown:
+  what may be the beginning of one is held back until that is settled.
 
   Args:
     decode: token ids to text.
@@ -30,9 +30,10 @@ def stream_text(chunks: Iterable[Sequence[int]],
   held = ""
   for piece in _pieces(chunks, decode):
     held += piece
-    ends = [i for i in map(held.find, stop_strings) if i >= 0]
-    if ends:
-      yield held[:min(ends)]
+    found = [(held.find(stop) + len(stop), held.find(stop))
+             for stop in stop_strings if stop in held]
+    if found:
+      yield held[:min(found)[1]]
       return
     keep = max((_overlap(held, stop) for stop in stop_strings), default=0)
     if len(held) > keep:

@@ -28,8 +28,10 @@ def test_pieces_are_the_text_and_whole_characters(text, cuts):
        stops=st.lists(st.text(alphabet="ab€", min_size=1, max_size=4),
                       min_size=1, max_size=3))
 def test_text_ends_before_the_first_stop_string(text, cuts, stops):
-  ends = [text.find(stop) for stop in stops if stop in text]
-  assert "".join(stream(text, cuts, stops)) == text[:min(ends, default=None)]
+  found = [(text.find(stop) + len(stop), text.find(stop))
+           for stop in stops if stop in text]
+  _, end = min(found, default=(0, None))
+  assert "".join(stream(text, cuts, stops)) == text[:end]
 
 
 def test_what_cannot_be_a_stop_string_is_shown_at_once():
