@@ -2,8 +2,8 @@
 import importlib
 
 from jaxlm.config import (AttentionConfig, LinearScaling, Llama3Scaling,
-                          MLPConfig, MoEConfig, ModelConfig, NormConfig,
-                          RopeConfig, RouterConfig, YarnScaling)
+                          MLAConfig, MLPConfig, MoEConfig, ModelConfig,
+                          NormConfig, RopeConfig, RouterConfig, YarnScaling)
 from jaxlm.families import preset, presets
 
 # These need jax, which takes a second to import: they come on first use.
@@ -11,9 +11,9 @@ _FROM_MODEL = ("Execution", "abstract_params", "forward", "init_params",
                "logits")
 
 __all__ = [
-    "AttentionConfig", "LinearScaling", "Llama3Scaling", "MLPConfig",
-    "MoEConfig", "ModelConfig", "NormConfig", "RopeConfig", "RouterConfig",
-    "YarnScaling", "preset", "presets", *_FROM_MODEL]
+    "AttentionConfig", "LinearScaling", "Llama3Scaling", "MLAConfig",
+    "MLPConfig", "MoEConfig", "ModelConfig", "NormConfig", "RopeConfig",
+    "RouterConfig", "YarnScaling", "preset", "presets", *_FROM_MODEL]
 
 
 def __getattr__(name: str):

@@ -2,12 +2,13 @@
 import difflib
 
 from jaxlm.config import ModelConfig
-from jaxlm.families import (gemma2, gemma3, gpt2, gpt_oss, llama, mixtral,
-                            qwen2, qwen3)
+from jaxlm.families import (deepseek_v3, gemma2, gemma3, gpt2, gpt_oss, llama,
+                            mixtral, qwen2, qwen3)
 
 _PRESETS = {
     name: config
-    for family in (gpt2, llama, qwen2, qwen3, gemma2, gemma3, mixtral, gpt_oss)
+    for family in (gpt2, llama, qwen2, qwen3, gemma2, gemma3, mixtral,
+                   deepseek_v3, gpt_oss)
     for name, config in family.PRESETS.items()}
 
 
