@@ -42,15 +42,15 @@ def absorbed_attention(q_nope_BTNH, q_rope_BTNH, latent_BSR, rope_key_BSH,
   """
   dtype = q_nope_BTNH.dtype
   q_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, k_proj_RNH)
-  s_BNTS = scale * (
-      jnp.einsum("BTNR,BSR->BNTS", q_BTNR, latent_BSR,
+  s_BTNS = scale * (
+      jnp.einsum("BTNR,BSR->BTNS", q_BTNR, latent_BSR,
                  preferred_element_type=jnp.float32)
-      + jnp.einsum("BTNH,BSH->BNTS", q_rope_BTNH, rope_key_BSH,
+      + jnp.einsum("BTNH,BSH->BTNS", q_rope_BTNH, rope_key_BSH,
                    preferred_element_type=jnp.float32))
   seen_BTS = visible(q_positions_BT, k_positions_BS, None)
   seen_BTS &= (k_positions_BS >= 0)[:, None]
-  p_BNTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], s_BNTS, -jnp.inf))
-  o_BTNR = jnp.einsum("BNTS,BSR->BTNR", p_BNTS.astype(dtype), latent_BSR)
+  p_BTNS = jax.nn.softmax(jnp.where(seen_BTS[:, :, None], s_BTNS, -jnp.inf))
+  o_BTNR = jnp.einsum("BTNS,BSR->BTNR", p_BTNS.astype(dtype), latent_BSR)
   return jnp.einsum("BTNR,RNH->BTNH", o_BTNR, v_proj_RNH)
 
 
@@ -91,11 +91,7 @@ class MLA(nn.Module):
           q_nope, q_rope, latent_BTR, rope_key_BTH, k_proj, v_proj,
           scale=config.query_scale, segment_ids_BS=context.segment_ids_BT,
           implementation=self.implementation)
-    o_proj_NHD = weight(
-        self, "o_proj", (config.num_heads, config.v_head_dim, x_BTD.shape[-1]),
-        ("heads", "head_dim", "embed"),
-        fan_in(self.residual_scale, axis=(-3, -2)))
-    return jnp.einsum("BTNH,NHD->BTD", o_BTNH, o_proj_NHD.astype(dtype)), cache
+    return self._project_out(o_BTNH, x_BTD.shape[-1]), cache
 
   def _norm(self, name):
     return Norm(NormConfig(eps=self.config.norm_eps), name=name)
@@ -127,3 +123,14 @@ class MLA(nn.Module):
     rope_key_BTH = rotate(rope_key_BTH[:, :, None], table,
                           config.rope.interleaved)[:, :, 0]
     return self._norm("kv_a_norm")(latent_BTR), rope_key_BTH
+
+  def _project_out(self, o_BTNH, d_model):
+    w_NHD = weight(
+        self, "o_proj", (self.config.num_heads, self.config.v_head_dim,
+                         d_model),
+        ("heads", "head_dim", "embed"),
+        fan_in(self.residual_scale, axis=(-3, -2)))
+    # Of two contracted axes XLA may change the order, and to that end copies
+    # the whole weight at every step of decoding; of one it cannot.
+    w_ID = w_NHD.astype(o_BTNH.dtype).reshape(-1, d_model)
+    return o_BTNH.reshape(*o_BTNH.shape[:2], -1) @ w_ID
