@@ -1,6 +1,10 @@
 """Gemma 3, the text decoder (arXiv 2503.19786)."""
 from jaxlm.config import (AttentionConfig, LinearScaling, MLPConfig,
                           ModelConfig, NormConfig, RopeConfig)
+from jaxlm.families import gemma2
+from jaxlm.families.common import attention, outer, query_scale
+from jaxlm.families.family import Family
+from jaxlm.families.hf_config import Fields
 
 
 def gemma3(num_layers: int, d_model: int, d_ff: int, num_heads: int,
@@ -30,3 +34,57 @@ PRESETS = {
     "gemma3-27b": gemma3(62, 5376, 21504, 32, 16, head_dim=128,
                          scale=168 ** -0.5),
 }
+
+
+DEFAULTS = dict(gemma2.DEFAULTS, vocab_size=262208, num_attention_heads=8,
+                rope_theta=1e6, rope_local_base_freq=10000.0,
+                sliding_window_pattern=6, max_position_embeddings=131072,
+                attn_logit_softcapping=None, final_logit_softcapping=None)
+# Of the model around the decoder, which reads images.
+VISION_FIELDS = ("vision_config", "mm_tokens_per_image", "boi_token_index",
+                 "eoi_token_index", "image_token_index", "image_token_id",
+                 "boi_token_id", "eoi_token_id")
+
+
+def from_hf_config(values: dict) -> ModelConfig:
+  """Of the decoder alone or, nested in text_config, of the whole model."""
+  if "text_config" in values:
+    whole = Fields(values, {"tie_word_embeddings": True})
+    whole.ignore("text_config", *VISION_FIELDS)
+    tied = whole("tie_word_embeddings", bool)
+    whole.finish()
+    values = {"tie_word_embeddings": tied, **values["text_config"]}
+  fields = Fields(values, DEFAULTS)
+  fields.ignore("hidden_act", "_sliding_window_pattern")
+  fields.only("use_bidirectional_attention", None, False)
+  period = fields("sliding_window_pattern")
+  pattern = fields.layer_pattern(lambda i: (i + 1) % period != 0)
+  rope_sliding = fields.rope("sliding", "rope_local_base_freq", scaled=False)
+  config = ModelConfig(
+      **outer(fields), layer_pattern=pattern,
+      attention=attention(
+          fields, pattern, fields.rope("full"), rope_sliding,
+          sliding_window=fields.optional("sliding_window"), qk_norm=True,
+          soft_cap=fields.optional("attn_logit_softcapping", float),
+          scale=query_scale(fields)),
+      mlp=MLPConfig(fields("intermediate_size"),
+                    fields.activation("hidden_activation")),
+      norm=NormConfig(eps=fields("rms_norm_eps", float), scale_offset=1.0,
+                      placement="pre_and_post"),
+      scale_embeddings=True,
+      final_soft_cap=fields.optional("final_logit_softcapping", float))
+  fields.finish()
+  return config
+
+
+def to_hf_config(config: ModelConfig) -> dict:
+  sliding = config.attention.rope_sliding or RopeConfig()
+  return {**gemma2.to_hf_config(config), "rope_local_base_freq": sliding.theta}
+
+
+FAMILY = Family(
+    "gemma3_text", "Gemma3ForCausalLM", from_hf_config, to_hf_config,
+    gemma2.RULES,
+    renames=((r"(model\.language_model|language_model\.model)\.", "model."),
+             (r"language_model\.lm_head\.", "lm_head.")),
+    vision=r"(model\.)?(vision_tower|multi_modal_projector)\..*")

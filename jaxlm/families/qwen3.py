@@ -1,29 +1,19 @@
-"""Qwen3, dense and mixture of experts (arXiv 2505.09388)."""
-from jaxlm.config import (AttentionConfig, MLPConfig, MoEConfig, ModelConfig,
-                          RopeConfig, RouterConfig)
-
-
-def _attention(num_heads: int, num_kv_heads: int,
-               rope_theta: float) -> AttentionConfig:
-  return AttentionConfig(num_heads, num_kv_heads, 128, RopeConfig(rope_theta),
-                         qk_norm=True)
+"""Qwen3, dense (arXiv 2505.09388)."""
+from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, NormConfig,
+                          RopeConfig)
+from jaxlm.families.common import (LLAMA_RULES, attention, outer,
+                                   sliding_fields, sliding_pattern, to_hf)
+from jaxlm.families.family import Family
+from jaxlm.families.hf_config import Fields, activation_name
 
 
 def qwen3(num_layers: int, d_model: int, d_ff: int, num_heads: int,
           tie_embeddings: bool) -> ModelConfig:
   return ModelConfig(
       vocab_size=151936, d_model=d_model, num_layers=num_layers,
-      attention=_attention(num_heads, 8, 1e6), mlp=MLPConfig(d_ff),
-      tie_embeddings=tie_embeddings)
-
-
-def qwen3_moe(num_layers: int, d_model: int, d_expert: int, num_heads: int,
-              rope_theta: float = 1e6) -> ModelConfig:
-  return ModelConfig(
-      vocab_size=151936, d_model=d_model, num_layers=num_layers,
-      attention=_attention(num_heads, 4, rope_theta),
-      moe=MoEConfig(128, 8, MLPConfig(d_expert),
-                    RouterConfig("softmax_topk", renormalize=True)))
+      attention=AttentionConfig(num_heads, 8, 128, RopeConfig(1e6),
+                                qk_norm=True),
+      mlp=MLPConfig(d_ff), tie_embeddings=tie_embeddings)
 
 
 PRESETS = {
@@ -33,8 +23,33 @@ PRESETS = {
     "qwen3-8b": qwen3(36, 4096, 12288, 32, False),
     "qwen3-14b": qwen3(40, 5120, 17408, 40, False),
     "qwen3-32b": qwen3(64, 5120, 25600, 64, False),
-    "qwen3-30b-a3b": qwen3_moe(48, 2048, 768, 32),
-    "qwen3-30b-a3b-2507": qwen3_moe(48, 2048, 768, 32, rope_theta=1e7),
-    "qwen3-235b-a22b": qwen3_moe(94, 4096, 1536, 64),
-    "qwen3-235b-a22b-2507": qwen3_moe(94, 4096, 1536, 64, rope_theta=5e6),
 }
+
+DEFAULTS = dict(attention_bias=False, head_dim=128, hidden_act="silu",
+                rms_norm_eps=1e-6, rope_theta=10000.0,
+                use_sliding_window=False, max_window_layers=28,
+                max_position_embeddings=32768, tie_word_embeddings=False)
+
+
+def from_hf_config(values: dict) -> ModelConfig:
+  fields = Fields(values, DEFAULTS)
+  pattern, window = sliding_pattern(fields)
+  config = ModelConfig(
+      **outer(fields), layer_pattern=pattern,
+      attention=attention(fields, pattern, sliding_window=window,
+                          qk_norm=True),
+      mlp=MLPConfig(fields("intermediate_size"),
+                    fields.activation("hidden_act")),
+      norm=NormConfig(eps=fields("rms_norm_eps", float)))
+  fields.finish()
+  return config
+
+
+def to_hf_config(config: ModelConfig) -> dict:
+  return to_hf(config, intermediate_size=config.mlp.d_ff,
+               hidden_act=activation_name(config.mlp, "silu"),
+               **sliding_fields(config))
+
+
+FAMILY = Family("qwen3", "Qwen3ForCausalLM", from_hf_config, to_hf_config,
+                LLAMA_RULES)

@@ -1,0 +1,1 @@
+"""Checkpoints in and out: their files, their names, their layouts."""

@@ -1,0 +1,87 @@
+"""A checkpoint of any format: what it is of, and its tensors, unread."""
+import dataclasses
+import re
+
+import jax
+
+from jaxlm.config import ModelConfig
+from jaxlm.convert.tensors import PACKED, Tensor
+from jaxlm.model.transformer import init_params, per_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """Tensors by path in the per-layer parameters, in the order of the layers.
+
+  `about` holds what the config does not and Hugging Face's config.json does
+  (special tokens, context length); `files` the tokenizer's files.
+  """
+  config: ModelConfig
+  tensors: dict[str, Tensor]
+  about: dict = dataclasses.field(default_factory=dict)
+  files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+  @property
+  def nbytes(self) -> int:
+    return sum(tensor.nbytes for tensor in self.tensors.values())
+
+  @property
+  def dtype(self) -> str:
+    """That of most values which are floats."""
+    sizes = {}
+    for tensor in self.tensors.values():
+      if tensor.dtype != "uint8":
+        name = str(tensor.dtype)
+        sizes[name] = sizes.get(name, 0) + tensor.nbytes
+    return max(sizes, key=sizes.get)
+
+
+def leaf_shapes(config: ModelConfig,
+                packed=frozenset()) -> dict[str, tuple[int, ...]]:
+  """Shapes of the leaves of the per-layer parameters, by path.
+
+  Args:
+    packed: paths of leaves that are in MXFP4. Of one [E, in, out] the blocks
+      are [E, out, in / 32, 16] and the scales [E, out, in / 32].
+  """
+  tree = jax.eval_shape(lambda key: per_layer(config, init_params(config, key)),
+                        jax.random.key(0))
+  shapes = {}
+  for path, leaf in sorted(named_leaves(tree).items(), key=_in_order):
+    if path not in packed:
+      shapes[path] = leaf.shape
+      continue
+    *experts, d_in, d_out = leaf.shape
+    scales = (*experts, d_out, d_in // 32)
+    for name, shape in zip(PACKED, ((*scales, 16), scales), strict=True):
+      shapes[f"{path}/{name}"] = shape
+  return shapes
+
+
+def packed_leaves(config: ModelConfig, rules, theirs) -> set[str]:
+  """Paths of the leaves that a format's tensors hold in MXFP4."""
+  packed = set()
+  for rule in rules:
+    path, _, part = rule.ours[0].rpartition("/")
+    if part == "blocks":
+      packed |= {path.format(layer=i) for i in range(config.num_layers)
+                 if rule.theirs[0].format(layer=i) in theirs}
+  return packed
+
+
+def named_leaves(tree) -> dict:
+  """Leaves by path, such as layers/0/mlp/down."""
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+          for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _in_order(item):
+  """Layers by number, between what comes before and after them."""
+  path = item[0]
+  outer = path.split("/")[0]
+  place = _ORDER.index(outer) if outer in _ORDER else len(_ORDER)
+  return place, [int(part) if part.isdigit() else part
+                 for part in re.split(r"(\d+)", path)]
+
+
+_ORDER = ("embed", "layers", "final_norm", "unembedding")

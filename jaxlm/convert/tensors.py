@@ -1,0 +1,120 @@
+"""Named tensors that are read one at a time.
+
+Every format reads into, and writes from, a dict of these. A leaf is named by
+its path in the per-layer parameters, such as layers/0/moe/gate_up; a packed
+one is two tensors, layers/0/moe/gate_up/blocks and .../scales.
+"""
+import re
+import typing
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
+          "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Tensor(typing.NamedTuple):
+  """What a tensor is, known without reading it, and how to read it.
+
+  `read()` gives an array of that shape and dtype, perhaps not contiguous,
+  perhaps a view: not to be written to.
+  """
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def of_array(array) -> Tensor:
+  """A tensor that is in memory already, here or on a device."""
+  return Tensor(tuple(array.shape), np.dtype(array.dtype),
+                lambda: np.asarray(array))
+
+
+def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+  """The same tensors, floating ones in another dtype (None: as they are).
+
+  Raises:
+    ValueError: an unknown dtype now; a value too large for it when read.
+  """
+  if dtype is None:
+    return tensors
+  if dtype not in FLOATS:
+    raise ValueError(f"dtype={dtype!r}: use one of {tuple(FLOATS)}")
+  target = FLOATS[dtype]
+
+  def read(name, tensor):
+    array = tensor.read()
+    with np.errstate(over="ignore"):
+      result = array.astype(target)
+    if target == np.float16 and (np.isinf(result) & np.isfinite(array)).any():
+      raise ValueError(f"{name} has values beyond float16's largest, 65504: "
+                       "use bfloat16 or float32")
+    return result
+
+  return {
+      name: (Tensor(tensor.shape, target,
+                    lambda name=name, tensor=tensor: read(name, tensor))
+             if tensor.dtype in FLOATS.values() and tensor.dtype != target
+             else tensor)
+      for name, tensor in tensors.items()}
+
+
+def check(where, expected: dict[str, tuple[int, ...]],
+          found: dict[str, Tensor]) -> None:
+  """Refuses tensors that do not fit, naming all of them.
+
+  Raises:
+    ValueError: some are missing, unexpected, of another shape or of a dtype
+      that is no weight's.
+  """
+  problems = []
+  for title, names in (
+      ("missing", [name for name in expected if name not in found]),
+      ("unexpected", [name for name in found if name not in expected])):
+    if names:
+      problems.append(f"{title}: {', '.join(summarize(names))}")
+  for name, shape in expected.items():
+    if name not in found:
+      continue
+    if found[name].shape != tuple(shape):
+      problems.append(f"{name} is {list(found[name].shape)}, expected "
+                      f"{list(shape)}")
+    wanted = ((np.dtype(np.uint8),) if name.endswith(PACKED)
+              else tuple(FLOATS.values()))
+    if found[name].dtype not in wanted:
+      problems.append(f"{name} is {found[name].dtype}, expected "
+                      f"{' or '.join(map(str, wanted))}")
+  if problems:
+    raise ValueError(f"{where}: the tensors do not fit the config:\n  "
+                     + "\n  ".join(problems))
+
+
+# Of a leaf in MXFP4, whose values are two to a byte.
+PACKED = ("blocks", "scales")
+
+
+def summarize(names) -> list[str]:
+  """All the names, those that differ only in numbers as one with ranges."""
+  groups = {}
+  for name in names:
+    groups.setdefault(re.sub(r"\d+", "{}", name), []).append(name)
+  result = []
+  for template, members in groups.items():
+    numbers = [sorted(set(column)) for column in zip(
+        *(map(int, re.findall(r"\d+", name)) for name in members))]
+    whole = all(column == list(range(column[0], column[-1] + 1))
+                for column in numbers)
+    count = np.prod([len(column) for column in numbers], dtype=np.int64)
+    if whole and count == len(members):
+      result.append(template.format(*(
+          f"{{{column[0]}..{column[-1]}}}" if len(column) > 1 else column[0]
+          for column in numbers)))
+    else:
+      result += members
+  return result

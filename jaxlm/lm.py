@@ -1,0 +1,133 @@
+"""A model in memory: loaded, asked, saved."""
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from jaxlm.config import ModelConfig
+from jaxlm.convert import formats
+from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes, named_leaves
+from jaxlm.convert.tensors import cast, check, of_array
+from jaxlm.data.tokenizers import HuggingFaceTokenizer
+from jaxlm.decode.generate import generate
+from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+  """A config with its parameters.
+
+  A convenience around pure functions, such as jaxlm.forward(config, params,
+  tokens_BT). `about` and `files` travel from one checkpoint to the next (see
+  `jaxlm.convert.checkpoint`).
+  """
+  config: ModelConfig
+  params: dict
+  about: dict = dataclasses.field(default_factory=dict)
+  files: dict[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
+
+  @functools.cached_property
+  def tokenizer(self) -> HuggingFaceTokenizer | None:
+    """The checkpoint's own, if it came with a tokenizer.json.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    if "tokenizer.json" not in self.files:
+      return None
+    try:
+      tokenizer = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
+      settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+      end = settings.get("eos_token")
+    except Exception as error:  # tokenizers raises no other
+      raise ValueError(f"the checkpoint's tokenizer cannot be read: {error}"
+                       ) from error
+    return HuggingFaceTokenizer(
+        tokenizer, end_of_document=end["content"] if isinstance(end, dict)
+        else end, where="tokenizer.json")
+
+  @property
+  def execution(self) -> Execution:
+    """In the parameters' own precision, layer by layer."""
+    return Execution(dtype=str(self.params["embed"]["embedding"].dtype),
+                     scan_layers=False)
+
+  def logits(self, tokens_BT) -> jax.Array:
+    """What may follow each token: [B, T] integers to [B, T, V] float32.
+
+    Raises:
+      ValueError: a token is not in the vocabulary, or there are too many.
+    """
+    tokens_BT = np.asarray(tokens_BT)
+    if (tokens_BT.ndim != 2 or not tokens_BT.size
+        or not np.issubdtype(tokens_BT.dtype, np.integer)):
+      raise ValueError(f"tokens_BT is {tokens_BT.dtype} {tokens_BT.shape}: "
+                       "expected integers [B, T], at least one")
+    low, high = tokens_BT.min(), tokens_BT.max()
+    if low < 0 or high >= self.config.vocab_size:
+      raise ValueError(
+          f"tokens_BT has ids {low}..{high}, outside the vocabulary of "
+          f"{self.config.vocab_size}: is this the model's tokenizer?")
+    return _logits(self.config, self.params, tokens_BT.astype(np.int32),
+                   self.execution)
+
+  def generate(self, tokens_BT, max_new_tokens: int = 64, **options):
+    """Continues prompts: see jaxlm.decode.generate. int32 [B, new]."""
+    return generate(self.config, self.params, tokens_BT,
+                    max_new_tokens=max_new_tokens, execution=self.execution,
+                    **options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _logits(config, params, tokens_BT, execution):
+  hidden_BTD = forward(config, params, tokens_BT,
+                       execution=execution).hidden_BTD
+  return logits(config, params, hidden_BTD)
+
+
+def load(path, dtype: str | None = "bfloat16") -> LM:
+  """Loads a checkpoint: Hugging Face's or OpenAI's layout, or jaxlm's own.
+
+  Args:
+    path: of its directory.
+    dtype: "bfloat16", "float32", "float16", or None: as it is stored. Packed
+      experts stay packed.
+
+  Raises:
+    ValueError: it is none, or damaged, or does not fit its config.
+    NotImplementedError: its config asks for what is not supported.
+  """
+  checkpoint = formats.read(path)
+  params = {}
+  for name, tensor in cast(checkpoint.tensors, dtype).items():
+    *parents, leaf = name.split("/")
+    node = params
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[leaf] = jnp.asarray(tensor.read())
+  return LM(checkpoint.config, params, checkpoint.about, checkpoint.files)
+
+
+def save(lm: LM, path: str | pathlib.Path, format: str = "native") -> None:
+  """Writes a model to a new directory, which appears whole or not at all.
+
+  Args:
+    format: "native", "hf" (Hugging Face) or "openai" (gpt-oss alone).
+
+  Raises:
+    ValueError: the parameters are not the config's, the format has no place
+      for this model, or the path is taken or cannot be written.
+  """
+  leaves = {name: of_array(leaf) for name, leaf in named_leaves(
+      per_layer(lm.config, lm.params)).items()}
+  packed = {name.removesuffix("/blocks") for name in leaves
+            if name.endswith("/blocks")}
+  shapes = leaf_shapes(lm.config, packed)
+  check("the parameters", shapes, leaves)
+  formats.write(Checkpoint(lm.config, {name: leaves[name] for name in shapes},
+                           lm.about, lm.files), path, format)
