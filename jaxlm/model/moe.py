@@ -7,6 +7,7 @@ from jaxlm.config import MoEConfig
 from jaxlm.model.layers import fan_in, weight
 from jaxlm.model.mlp import MLP, activate, mlp_weights
 from jaxlm.model.routing import Routing, RouterOutput, route
+from jaxlm.quant import is_quantized
 from pallas_kernels.expert_matmul import expert_matmul
 
 
@@ -56,20 +57,40 @@ def experts(x_TD, routing: Routing, weights, config: MoEConfig,
   `weights` are (first [E, D, 2F], its bias, down [E, F, D], its bias) as
   `mlp_weights` gives them.
   """
-  first, first_bias, down, down_bias = (
-      None if w is None else w.astype(x_TD.dtype) for w in weights)
+  first, first_bias, down, down_bias = weights
   token_M, weight_M, sizes_E, row_TA = routing
   x_MD = (x_TD[token_M] if row_TA is None
           else dispatch(x_TD, token_M, row_TA))
-  h_MF = expert_matmul(x_MD, first, sizes_E, bias_EF=first_bias,
-                       implementation=implementation)
-  y_MD = expert_matmul(activate(h_MF, config.expert), down, sizes_E,
-                       bias_EF=down_bias, implementation=implementation)
+  h_MF = _matmul(x_MD, first, sizes_E, first_bias, implementation)
+  y_MD = _matmul(activate(h_MF, config.expert), down, sizes_E, down_bias,
+                 implementation)
   if row_TA is not None:
     return combine(y_MD, weight_M, token_M, row_TA)
   total_TD = jax.ops.segment_sum(y_MD * weight_M[:, None], token_M,
                                  x_TD.shape[0])
   return total_TD.astype(x_TD.dtype)
+
+
+def _matmul(x_MD, weights, sizes_E, bias_EF, implementation):
+  """Each row by its expert's weights, an array or a quantized leaf."""
+  dtype = x_MD.dtype
+  if bias_EF is not None:
+    bias_EF = bias_EF.astype(dtype)
+  if is_quantized(weights) and len(x_MD) < len(sizes_E):
+    return _few_rows(x_MD, weights, sizes_E, bias_EF)
+  return expert_matmul(x_MD, weights.astype(dtype), sizes_E, bias_EF=bias_EF,
+                       implementation=implementation)
+
+
+def _few_rows(x_MD, weights, sizes_E, bias_EF):
+  """Dequantizes the experts of these rows alone: decode has few."""
+  expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(len(x_MD)),
+                              side="right")
+  y_MF = jnp.einsum("MD,MDF->MF", x_MD, weights[expert_M].astype(x_MD.dtype),
+                    preferred_element_type=jnp.float32)
+  if bias_EF is not None:
+    y_MF += bias_EF[expert_M]
+  return y_MF.astype(x_MD.dtype)
 
 
 class MoE(nn.Module):

@@ -1,0 +1,86 @@
+"""FP8 (E4M3) with one scale for each 128 by 128 block (arXiv 2412.19437)."""
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxlm.quant.leaf import Quantized, finite_rows, leaf, map_matrices
+
+BLOCK = 128
+
+
+@leaf
+class FP8(Quantized):
+  """values: float8_e4m3fn [..., out, in]. scales: float32 [..., out / 128,
+  in / 128], rounded up (DeepSeek's `weight_scale_inv`); values are multiplied
+  by them. The last blocks may be smaller.
+  """
+  values: jax.Array | np.ndarray
+  scales: jax.Array | np.ndarray
+
+  dtype = jnp.dtype(jnp.bfloat16)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    values, scales = self.values, self.scales
+    *lead, dim_out, dim_in = values.shape
+    if (scales.shape != (*lead, -(-dim_out // BLOCK), -(-dim_in // BLOCK))
+        or values.dtype != ml_dtypes.float8_e4m3fn
+        or scales.dtype != np.float32):
+      raise ValueError(
+          f"FP8 values {values.dtype} {values.shape} and scales "
+          f"{scales.dtype} {scales.shape} do not fit: expected float8_e4m3fn "
+          f"[..., out, in] and float32, one for each {BLOCK} by {BLOCK} block")
+    return (*lead, dim_in, dim_out)
+
+  def dequantize(self, dtype=jnp.bfloat16):
+    """[..., in, out], multiplied in float32."""
+    self.shape  # refuses what does not fit
+    dtype = jnp.dtype(dtype)
+    if isinstance(self.values, np.ndarray):
+      w, = map_matrices(lambda v, s: (_dequantize(v, s, dtype, np),),
+                        self.values, self.scales)
+    else:
+      w = _dequantize(self.values, self.scales, dtype, jnp)
+    return w.swapaxes(-1, -2)
+
+  @classmethod
+  def quantize(cls, w) -> "FP8":
+    """Rounds [..., in, out] to the nearest (ties to even).
+
+    A block's scale is the smallest power of two under which its largest
+    magnitude rounds to no more than 448. Every result is exact in bfloat16,
+    and its largest value is then 240 to 448: quantizing again gives the same
+    bytes.
+    """
+    w = np.asarray(w)
+    if w.ndim < 2:
+      raise ValueError(f"an array {w.shape} cannot be FP8: expected "
+                       "[..., in, out]")
+    return cls(*map_matrices(_quantize, w))
+
+
+def _spread(scales, shape, xp):
+  """Scales of blocks [..., a, b] to their elements [..., *shape]."""
+  scales = xp.repeat(scales, BLOCK, -2)[..., :shape[0], :]
+  return xp.repeat(scales, BLOCK, -1)[..., :shape[1]]
+
+
+def _dequantize(values, scales, dtype, xp):
+  scales = _spread(scales, values.shape[-2:], xp)
+  return (values.astype(np.float32) * scales).astype(dtype)
+
+
+def _quantize(w) -> tuple[np.ndarray, np.ndarray]:
+  w = finite_rows(w)
+  rows = np.arange(0, w.shape[0], BLOCK)
+  columns = np.arange(0, w.shape[1], BLOCK)
+  largest = np.maximum.reduceat(np.abs(w), rows, 0)
+  largest = np.maximum.reduceat(largest, columns, 1)
+  # 464 is half way from 448 to the next step, and rounds to 448.
+  fraction, exponent = np.frexp(largest.astype(np.float64) / 464)
+  exponent = np.where(fraction == 0.5, exponent - 1, exponent)
+  # Below 2^-126 a scale is no normal float32.
+  scales = np.ldexp(np.float32(1), np.maximum(exponent, -126))
+  values = w / _spread(scales, w.shape, np)
+  return values.astype(ml_dtypes.float8_e4m3fn), scales

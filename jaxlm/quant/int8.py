@@ -1,0 +1,70 @@
+"""8-bit integers with one scale for each output channel."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.quant.leaf import Quantized, finite_rows, leaf, map_matrices
+
+LARGEST = 127
+
+
+@leaf
+class Int8(Quantized):
+  """values: int8 [..., out, in], from -127 to 127. scales: float32 [..., out].
+  """
+  values: jax.Array | np.ndarray
+  scales: jax.Array | np.ndarray
+
+  dtype = jnp.dtype(jnp.float32)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    values, scales = self.values, self.scales
+    if (values.shape[:-1] != scales.shape or len(scales.shape) < 1
+        or values.dtype != np.int8 or scales.dtype != np.float32):
+      raise ValueError(
+          f"int8 values {values.dtype} {values.shape} and scales "
+          f"{scales.dtype} {scales.shape} do not fit: expected int8 "
+          "[..., out, in] and float32 [..., out]")
+    *lead, dim_out, dim_in = values.shape
+    return (*lead, dim_in, dim_out)
+
+  def dequantize(self, dtype=jnp.float32):
+    """[..., in, out], exact in float32 if `quantize` wrote it."""
+    self.shape  # refuses what does not fit
+    dtype = jnp.dtype(dtype)
+    if isinstance(self.values, np.ndarray):
+      w, = map_matrices(lambda v, s: (_dequantize(v, s[:, 0], dtype),),
+                        self.values, self.scales[..., None])
+    else:
+      w = _dequantize(self.values, self.scales, dtype)
+    return w.swapaxes(-1, -2)
+
+  @classmethod
+  def quantize(cls, w) -> "Int8":
+    """Rounds [..., in, out] to the nearest (ties to even).
+
+    A scale is the largest magnitude of its channel / 127, rounded up to 16
+    significant bits and at least 2^-126: scale times value is then exact in
+    float32, so that quantizing again gives the same bytes.
+    """
+    w = np.asarray(w)
+    if w.ndim < 2:
+      raise ValueError(f"an array {w.shape} cannot be int8: expected "
+                       "[..., in, out]")
+    values, scales = map_matrices(_quantize, w)
+    return cls(values, scales[..., 0])
+
+
+def _dequantize(values, scales, dtype):
+  return (values.astype(np.float32) * scales[..., None]).astype(dtype)
+
+
+def _quantize(w) -> tuple[np.ndarray, np.ndarray]:
+  w = finite_rows(w)
+  fraction, exponent = np.frexp(np.abs(w).max(-1, keepdims=True)
+                                .astype(np.float64) / LARGEST)
+  scales = np.ldexp(np.ceil(np.ldexp(fraction, 16)), exponent - 16)
+  scales = np.maximum(scales, 2.0 ** -126)
+  values = np.rint(w / scales).astype(np.int8)
+  return values, scales.astype(np.float32)

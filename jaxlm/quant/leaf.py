@@ -1,0 +1,103 @@
+"""What all quantized leaves share."""
+import dataclasses
+import math
+import typing
+
+import jax
+import numpy as np
+
+
+class Quantized:
+  """A stack of matrices [..., in, out], held as quantized [..., out, in].
+
+  It stands in the parameters where an array does: it has `shape`, `dtype` and
+  `ndim`, `astype` gives the array, an index takes matrices of the stack, and
+  jax sees the arrays it consists of (so jit, sharding and checkpoints work).
+  Those are numpy's on the host, which then dequantizes without jax.
+
+  Each kind says in `quantize` which blocks it writes, such that quantizing
+  what was dequantized gives the same bytes again.
+  """
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize
+               for x in jax.tree.leaves(self))
+
+  def astype(self, dtype):
+    """The array [..., in, out], as the model asks for every weight."""
+    return self.dequantize(dtype)
+
+  def __getitem__(self, index):
+    """Matrices of the stack: an integer, a slice or an array of integers."""
+    if isinstance(index, tuple) or self.ndim < 3:
+      raise ValueError(f"{type(self).__name__} {self.shape}[{index}]: only "
+                       "the first axis of a stack of matrices can be indexed")
+    return jax.tree.map(lambda x: x[index], self)
+
+  def __repr__(self):
+    return f"{type(self).__name__}{self.shape}"
+
+
+def leaf(cls):
+  """Declares a kind of quantized leaf: a frozen dataclass that jax knows."""
+  cls = dataclasses.dataclass(frozen=True, repr=False, eq=False)(cls)
+  return jax.tree_util.register_dataclass(
+      cls, [field.name for field in dataclasses.fields(cls)], [])
+
+
+def is_quantized(x) -> bool:
+  return isinstance(x, Quantized)
+
+
+def map_matrices(function, *stacks):
+  """`function` of each matrix of numpy stacks [..., a, b], its results (a
+  tuple) stacked: so that what it computes in between stays small."""
+  lead = stacks[0].shape[:-2]
+  stacks = [x.reshape(-1, *x.shape[len(lead):]) for x in stacks]
+  results = None
+  for i, row in enumerate(zip(*stacks, strict=True)):
+    row = function(*row)
+    if results is None:
+      results = [np.empty((len(stacks[0]), *x.shape), x.dtype) for x in row]
+    for result, x in zip(results, row, strict=True):
+      result[i] = x
+  return tuple(x.reshape((*lead, *x.shape[1:])) for x in results)
+
+
+def finite_rows(w) -> np.ndarray:
+  """A matrix [in, out] as float32 [out, in], if it can be quantized."""
+  w = np.ascontiguousarray(np.asarray(w).T, np.float32)
+  if not np.isfinite(w).all():
+    raise ValueError(f"{np.count_nonzero(~np.isfinite(w))} of {w.size} values "
+                     "are infinite or not a number: they cannot be quantized")
+  return w
+
+
+class QuantizationError(typing.NamedTuple):
+  """relative_rms: of the differences, against the root mean square of the
+  values. largest: of the differences."""
+  relative_rms: float
+  largest: float
+
+
+def quantization_error(w, quantized: Quantized) -> QuantizationError:
+  """How far a quantized leaf is from what it was made of."""
+  if w.shape != quantized.shape:
+    raise ValueError(f"the array is {w.shape}, its quantized form "
+                     f"{quantized.shape}")
+  def sums(w, *arrays):
+    w = np.asarray(w, np.float32)
+    difference = w - type(quantized)(*arrays).dequantize(np.float32)
+    return (np.square(difference, dtype=np.float64).sum(),
+            np.square(w, dtype=np.float64).sum(), np.abs(difference).max())
+  arrays = [np.asarray(x) for x in jax.tree.leaves(quantized)]
+  squares, total, largest = map_matrices(sums, np.asarray(w), *arrays)
+  if not total.sum():
+    return QuantizationError(0.0, 0.0)
+  return QuantizationError(float(np.sqrt(squares.sum() / total.sum())),
+                           float(largest.max()))

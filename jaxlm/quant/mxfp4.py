@@ -1,0 +1,131 @@
+"""MXFP4: 4-bit floats in blocks of 32 that share a power of two.
+
+OCP Microscaling Formats 1.0, section 5.3, in the packing of the published
+gpt-oss checkpoints.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.quant.leaf import Quantized, finite_rows, leaf, map_matrices
+
+BLOCK = 32
+# E2M1: sign, two bits of exponent, one of mantissa.
+VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6,
+                   -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+@leaf
+class MXFP4(Quantized):
+  """blocks: uint8 [..., out, in / 32, 16], each byte two values along the
+  input, the low nibble first. scales: uint8 [..., out, in / 32]; s stands for
+  2^(s - 127), 255 for not a number.
+  """
+  blocks: jax.Array | np.ndarray
+  scales: jax.Array | np.ndarray
+
+  dtype = jnp.dtype(jnp.bfloat16)  # holds every value that is not tiny
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    blocks, scales = self.blocks, self.scales
+    if (blocks.shape != (*scales.shape, BLOCK // 2) or len(scales.shape) < 2
+        or {np.dtype(blocks.dtype), np.dtype(scales.dtype)}
+        != {np.dtype(np.uint8)}):
+      raise ValueError(
+          f"MXFP4 blocks {blocks.dtype} {blocks.shape} and scales "
+          f"{scales.dtype} {scales.shape} do not fit: expected uint8 "
+          "[..., out, in / 32, 16] and [..., out, in / 32]")
+    *lead, dim_out, groups = scales.shape
+    return (*lead, groups * BLOCK, dim_out)
+
+  def dequantize(self, dtype=jnp.bfloat16):
+    """[..., in, out], exact in bfloat16 and in float32."""
+    dtype, (*lead, dim_in, dim_out) = jnp.dtype(dtype), self.shape
+    if isinstance(self.blocks, np.ndarray):
+      w, = map_matrices(functools.partial(_dequantize, dtype=dtype),
+                        self.blocks.reshape(*lead, dim_out, dim_in // 2),
+                        self.scales)
+    else:
+      w = _dequantize_on_device(self.blocks, self.scales, dtype)
+      w = w.reshape(*lead, dim_out, dim_in)
+    return w.swapaxes(-1, -2)
+
+  @classmethod
+  def quantize(cls, w) -> "MXFP4":
+    """Rounds [..., in, out] to the nearest (ties to even).
+
+    A block's scale is 2^(floor(log2(largest)) - 2), within 2^-127 ... 2^125,
+    and what is past 6 becomes 6 (section 6.3). So the largest magnitude in a
+    block is 4 or 6, unless the scale byte is 0; zero keeps its sign. Such
+    blocks are given back byte for byte when they are dequantized (to float32
+    or bfloat16) and quantized again. Any other finite block keeps its values
+    but not its bytes: they shift to the smallest scale that holds them.
+    """
+    w = np.asarray(w)
+    if w.ndim < 2 or w.shape[-2] % BLOCK:
+      raise ValueError(
+          f"an array {w.shape} cannot be MXFP4: expected [..., in, out] with "
+          f"an input dimension that is a multiple of {BLOCK}")
+    return cls(*map_matrices(_quantize, w))
+
+
+@functools.cache
+def _pairs(dtype: np.dtype) -> np.ndarray:
+  """The two values of each byte under each scale, as one integer [65536]."""
+  byte, scale = np.arange(256), np.arange(256)[:, None, None]
+  nibbles = np.stack([byte & 15, byte >> 4], -1)
+  with np.errstate(over="ignore"):
+    values = np.ldexp(VALUES[nibbles], scale - 127)
+    values[255] = np.nan
+    values = values.astype(dtype)
+  return values.view(f"u{2 * dtype.itemsize}").reshape(-1)
+
+
+def _dequantize(blocks, scales, *, dtype: np.dtype) -> tuple[np.ndarray]:
+  """[out, in / 2] and [out, in / 32] to [out, in], by looking up."""
+  index = scales.astype(np.uint16)[..., None] << 8
+  index = index | blocks.reshape(*scales.shape, -1)
+  return _pairs(dtype)[index].view(dtype).reshape(len(scales), -1),
+
+
+def _dequantize_on_device(blocks, scales, dtype):
+  """[..., in / 32, 16] and [..., in / 32] to [..., in / 32, 32].
+
+  Made of integers, not multiplied: some platforms flush tiny floats to zero.
+  """
+  if dtype == jnp.bfloat16:
+    wide, unsigned, mantissa = jnp.bfloat16, jnp.uint16, 7
+  else:
+    wide, unsigned, mantissa = jnp.float32, jnp.uint32, 23
+  nibble = jnp.stack([blocks & 15, blocks >> 4], -1)
+  nibble = nibble.reshape(*scales.shape, BLOCK).astype(unsigned)
+  magnitude, scale = nibble & 7, scales.astype(unsigned)[..., None]
+  # In steps of the one bit of mantissa, up to infinity; 0.5 has no such bit.
+  steps = 2 * scale + magnitude - jnp.where(magnitude == 1, 3, 2).astype(
+      unsigned)
+  bits = jnp.minimum(steps, 510) << (mantissa - 1)
+  bits = jnp.where(magnitude == 0, 0, bits)
+  bits = jnp.where((scale < 2) & (magnitude < 4),  # subnormal
+                   magnitude << scale << (mantissa - 2), bits)
+  bits = jnp.where(scale == 255, 511 << (mantissa - 1), bits)
+  bits |= (nibble & 8) << (mantissa + 5)
+  return jax.lax.bitcast_convert_type(bits.astype(unsigned),
+                                      wide).astype(dtype)
+
+
+def _quantize(w) -> tuple[np.ndarray, np.ndarray]:
+  """[in, out] to blocks [out, in / 32, 16] and scales [out, in / 32]."""
+  w = finite_rows(w)
+  w = w.reshape(len(w), -1, BLOCK)
+  _, exponent = np.frexp(np.abs(w).max(-1))  # of 0.5 <= fraction < 1
+  scale = np.where(w.any(-1), np.maximum(exponent - 3, -127), -127)
+  y = np.ldexp(np.abs(w), -scale[..., None])
+  # The steps between codes are 0.5 below 2, 1 below 4, then 2.
+  code = np.rint(2 * y)
+  np.minimum(code, np.rint(y) + 2, out=code)
+  np.minimum(code, np.rint(y / 2) + 4, out=code)
+  code = np.minimum(code, 7).astype(np.uint8) | np.signbit(w) * np.uint8(8)
+  return code[..., ::2] | code[..., 1::2] << 4, (scale + 127).astype(np.uint8)
