@@ -197,8 +197,8 @@ class Case(typing.NamedTuple):
 
 
 @functools.cache
-def case(name: str) -> Case:
-  """Our config and parameters, and the logits that transformers computes."""
+def reference_model(name: str):
+  """Our config, and transformers' model."""
   config, reference = CASES[name]()
   with torch.random.fork_rng():
     torch.manual_seed(0)
@@ -206,6 +206,13 @@ def case(name: str) -> Case:
         reference, dtype=torch.float32, attn_implementation="eager",
         experts_implementation="eager").eval()
     randomize(model, norm_center=1 - config.norm.scale_offset)
+  return config, model
+
+
+@functools.cache
+def case(name: str) -> Case:
+  """Our config and parameters, and the logits that transformers computes."""
+  config, model = reference_model(name)
   tokens_BT = np.random.default_rng(1).integers(0, VOCAB, (BATCH, LENGTH))
   with torch.no_grad():
     logits_BTV = model(torch.tensor(tokens_BT), use_cache=False).logits
