@@ -216,9 +216,12 @@ def case(name: str) -> Case:
   tokens_BT = np.random.default_rng(1).integers(0, VOCAB, (BATCH, LENGTH))
   with torch.no_grad():
     logits_BTV = model(torch.tensor(tokens_BT), use_cache=False).logits
-  params = params_of(config, dict(model.named_parameters())
-                     | balance_biases(model))
+  params = params_of(config, named_weights(model))
   return Case(config, params, tokens_BT, logits_BTV.numpy())
+
+
+def named_weights(model) -> dict:
+  return dict(model.named_parameters()) | balance_biases(model)
 
 
 def balance_biases(model) -> dict:

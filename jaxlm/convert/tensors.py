@@ -39,6 +39,9 @@ def of_array(array) -> Tensor:
 def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
   """The same tensors, floating ones in another dtype (None: as they are).
 
+  Balance biases stay as they are: a router's choice is by sums with them that
+  differ by less than a short float tells apart.
+
   Raises:
     ValueError: an unknown dtype now; a value too large for it when read.
   """
@@ -61,7 +64,7 @@ def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
       name: (Tensor(tensor.shape, target,
                     lambda name=name, tensor=tensor: read(name, tensor))
              if tensor.dtype in FLOATS.values() and tensor.dtype != target
-             else tensor)
+             and not name.endswith("/balance_bias") else tensor)
       for name, tensor in tensors.items()}
 
 
