@@ -2,8 +2,8 @@
 import importlib
 
 from jaxlm.config import (AttentionConfig, LinearScaling, Llama3Scaling,
-                          MLPConfig, MoEConfig, ModelConfig, NormConfig,
-                          RopeConfig, RouterConfig, YarnScaling)
+                          MLAConfig, MLPConfig, MoEConfig, ModelConfig,
+                          NormConfig, RopeConfig, RouterConfig, YarnScaling)
 from jaxlm.families import preset, presets
 
 # These need jax, which takes a second to import: they come on first use.
@@ -15,9 +15,9 @@ _MODULE_OF = {name: module for module, names in _LATER.items()
               for name in names}
 
 __all__ = [
-    "AttentionConfig", "LinearScaling", "Llama3Scaling", "MLPConfig",
-    "MoEConfig", "ModelConfig", "NormConfig", "RopeConfig", "RouterConfig",
-    "YarnScaling", "preset", "presets", *_MODULE_OF]
+    "AttentionConfig", "LinearScaling", "Llama3Scaling", "MLAConfig",
+    "MLPConfig", "MoEConfig", "ModelConfig", "NormConfig", "RopeConfig",
+    "RouterConfig", "YarnScaling", "preset", "presets", *_MODULE_OF]
 
 
 def __getattr__(name: str):

@@ -5,6 +5,7 @@ sampling, optimizer) is an argument of the code that uses it.
 """
 import dataclasses
 import difflib
+import math
 import types
 import typing
 
@@ -55,14 +56,19 @@ class Llama3Scaling:
 class YarnScaling:
   """YaRN (arXiv 2309.00071, section 3): a ramp between the two.
 
-  cos and sin are multiplied by 0.1 ln(factor) + 1. `truncate` rounds the ends
-  of the ramp outward to whole dimensions; gpt-oss does not.
+  cos and sin are multiplied by m(mscale) / m(mscale_all_dim), where m(s) is
+  0.1 s ln(factor) + 1; multi-head latent attention also multiplies its scores
+  by m(mscale_all_dim)^2, DeepSeek's way to scale what is not rotated too.
+  `truncate` rounds the ends of the ramp outward to whole dimensions; gpt-oss
+  does not.
   """
   factor: float = 32.0
   original_context: int = 4096
   beta_fast: float = 32.0
   beta_slow: float = 1.0
   truncate: bool = False
+  mscale: float = 1.0
+  mscale_all_dim: float = 0.0
 
   def __post_init__(self):
     _positive(self, "original_context", "beta_slow")
@@ -70,13 +76,26 @@ class YarnScaling:
     _require(self.beta_fast > self.beta_slow,
              f"beta_fast={self.beta_fast}: must exceed "
              f"beta_slow={self.beta_slow}")
+    for name in ("mscale", "mscale_all_dim"):
+      _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must "
+               "not be negative")
+
+  def magnitude(self, mscale: float) -> float:
+    return 0.1 * mscale * math.log(self.factor) + 1
+
+  @property
+  def rotation_factor(self) -> float:
+    """What multiplies cos and sin."""
+    return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary positions, the two halves of a head rotated (not its pairs)."""
+  """Rotary positions. Frequency i turns components i and i + H/2 of a head of
+  H, or with `interleaved` components 2i and 2i + 1."""
   theta: float = 10000.0
   scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+  interleaved: bool = False
 
   def __post_init__(self):
     _positive(self, "theta")
@@ -139,8 +158,52 @@ class AttentionConfig:
                "positions need an even head_dim")
 
   @property
+  def v_head_dim(self) -> int:
+    return self.head_dim
+
+  @property
   def query_scale(self) -> float:
     return self.head_dim ** -0.5 if self.scale is None else self.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+  """Multi-head latent attention (arXiv 2412.19437, section 2.1.1).
+
+  Keys and values of all heads come from one latent of width `kv_rank`, queries
+  from one of width `q_rank` (None: from the hidden state itself). A head's
+  queries and keys have `nope_head_dim` components without position and
+  `rope_head_dim` rotary ones, which in the keys all heads share; its values
+  have `v_head_dim`. `norm_eps` is that of the latents' RMSNorms.
+  """
+  num_heads: int
+  kv_rank: int
+  nope_head_dim: int
+  rope_head_dim: int
+  v_head_dim: int
+  q_rank: int | None = None
+  rope: RopeConfig = RopeConfig(interleaved=True)
+  norm_eps: float = 1e-6
+
+  def __post_init__(self):
+    _positive(self, "num_heads", "kv_rank", "nope_head_dim", "rope_head_dim",
+              "v_head_dim", "norm_eps")
+    if self.q_rank is not None:
+      _positive(self, "q_rank")
+    _require(self.rope_head_dim % 2 == 0, f"rope_head_dim={self.rope_head_dim}"
+             ": rotary positions need an even number of components")
+
+  @property
+  def head_dim(self) -> int:
+    """Of queries and keys."""
+    return self.nope_head_dim + self.rope_head_dim
+
+  @property
+  def query_scale(self) -> float:
+    scale, scaling = self.head_dim ** -0.5, self.rope.scaling
+    if isinstance(scaling, YarnScaling):
+      scale *= scaling.magnitude(scaling.mscale_all_dim) ** 2
+    return scale
 
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "clamped_swiglu")
@@ -171,7 +234,8 @@ class MLPConfig:
              "activation='clamped_swiglu' needs gated=True")
 
 
-ROUTERS = ("softmax_topk", "topk_softmax", "noisy_topk", "expert_choice")
+ROUTERS = ("softmax_topk", "sigmoid_topk", "topk_softmax", "noisy_topk",
+           "expert_choice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +245,7 @@ class RouterConfig:
   "softmax_topk": softmax over all experts, then the top k, whose weights are
     divided by their sum when `renormalize` (Qwen3); with one expert per token
     and no renormalisation this is Switch's.
+  "sigmoid_topk": the same with sigmoids for the softmax (DeepSeek-V3).
   "topk_softmax": top k of the logits, then a softmax over those (gpt-oss).
   "noisy_topk": as topk_softmax on logits with learned Gaussian noise while
     training (Shazeer et al. 2017, section 2.1).
@@ -190,20 +255,38 @@ class RouterConfig:
   `bias` is a learned bias of the logits. `balance_bias` adds a bias to the
   choice alone, never to the weights (arXiv 2408.15664); no gradient reaches
   it, `train` moves it.
+
+  With `num_groups` the experts stand in groups of equal size, and a token
+  chooses among those of its best `groups_per_token` groups; a group is as good
+  as its two best experts together, the balance bias included (arXiv
+  2412.19437, section 2.1.2). `weight_scale` multiplies the weights at last.
   """
   kind: str = "softmax_topk"
   renormalize: bool = False
   bias: bool = False
   balance_bias: bool = False
+  num_groups: int = 1
+  groups_per_token: int = 1
+  weight_scale: float = 1.0
 
   def __post_init__(self):
     _one_of(self, "kind", ROUTERS)
-    _require(not (self.renormalize and self.kind != "softmax_topk"),
+    _positive(self, "num_groups", "groups_per_token", "weight_scale")
+    _require(not self.renormalize
+             or self.kind in ("softmax_topk", "sigmoid_topk"),
              f"renormalize=True has no meaning for kind={self.kind!r}")
-    _require(not (self.balance_bias
-                  and self.kind in ("noisy_topk", "expert_choice")),
-             f"balance_bias=True has no meaning for kind={self.kind!r}: use "
-             "'softmax_topk' or 'topk_softmax'")
+    for name, given in (("balance_bias", self.balance_bias),
+                        ("num_groups", self.num_groups > 1)):
+      _require(not given or self.kind not in ("noisy_topk", "expert_choice"),
+               f"{name}={getattr(self, name)} has no meaning for kind="
+               f"{self.kind!r}: use 'softmax_topk', 'sigmoid_topk' or "
+               "'topk_softmax'")
+    _require(self.weight_scale == 1 or self.kind != "expert_choice",
+             f"weight_scale={self.weight_scale} has no meaning for kind="
+             "'expert_choice'")
+    _require(self.groups_per_token <= self.num_groups,
+             f"groups_per_token={self.groups_per_token} exceeds num_groups="
+             f"{self.num_groups}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +304,16 @@ class MoEConfig:
              f"experts_per_token={self.experts_per_token} exceeds "
              f"num_experts={self.num_experts}: a token cannot visit more "
              "experts than there are")
+    router = self.router
+    _require(self.num_experts % router.num_groups == 0,
+             f"num_experts={self.num_experts} is not a multiple of "
+             f"router.num_groups={router.num_groups}: groups are of one size")
+    eligible = (self.num_experts // router.num_groups
+                * router.groups_per_token)
+    _require(self.experts_per_token <= eligible,
+             f"experts_per_token={self.experts_per_token} exceeds the "
+             f"{eligible} experts of groups_per_token="
+             f"{router.groups_per_token} of {router.num_groups} groups")
 
 
 LAYER_KINDS = ("full", "sliding")
@@ -240,7 +333,7 @@ class ModelConfig:
   vocab_size: int
   d_model: int
   num_layers: int
-  attention: AttentionConfig
+  attention: AttentionConfig | MLAConfig
   mlp: MLPConfig | None = None
   moe: MoEConfig | None = None
   num_dense_layers: int = 0
@@ -259,10 +352,13 @@ class ModelConfig:
     for kind in self.layer_pattern:
       _require(kind in LAYER_KINDS, f"layer_pattern={self.layer_pattern}: "
                f"unknown kind {kind!r}, use {LAYER_KINDS}")
-    _require("sliding" not in self.layer_pattern
-             or self.attention.sliding_window is not None,
-             f"layer_pattern={self.layer_pattern} needs "
-             "attention.sliding_window")
+    if "sliding" in self.layer_pattern:
+      _require(isinstance(self.attention, AttentionConfig),
+               f"layer_pattern={self.layer_pattern}: latent attention is "
+               "full, use ('full',)")
+      _require(self.attention.sliding_window is not None,
+               f"layer_pattern={self.layer_pattern} needs "
+               "attention.sliding_window")
     _require(self.mlp is not None or self.moe is not None,
              "neither mlp nor moe is given: a layer needs a feed-forward")
     _require(0 <= self.num_dense_layers <= self.num_layers,
@@ -371,11 +467,14 @@ def _parse(hint, value, path: str):
   if configs:
     if type(value) in configs:
       return value
-    name = value.get("type") if isinstance(value, dict) else None
+    names = [c.__name__ for c in configs]
+    if not isinstance(value, dict):
+      raise ValueError(f"{path}={value!r}: expected a mapping of the fields "
+                       f"of {' or '.join(names)}")
+    name = value.get("type")
     named = [c for c in configs if c.__name__ == name]
     if len(configs) > 1 and not named:
-      raise ValueError(f"{path}.type={name!r}: use one of "
-                       f"{[c.__name__ for c in configs]}")
+      raise ValueError(f"{path}.type={name!r}: use one of {names}")
     return from_dict((named or configs)[0], value, path)
   if typing.get_origin(hint) is tuple:
     item = typing.get_args(hint)[0]

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import jaxlm
-from jaxlm.config import ModelConfig
+from jaxlm.config import MLAConfig, MLPConfig, ModelConfig
 from reference_weights import params_of
 
 # Models this small only wait for each other on several threads.
@@ -22,6 +22,9 @@ torch.set_num_threads(1)
 BATCH, LENGTH, VOCAB = 2, 151, 101
 D_MODEL, D_FF, HEADS, KV_HEADS, HEAD_DIM = 45, 23, 15, 5, 22
 EXPERTS, PER_TOKEN = 11, 4
+# Of latent attention: a head has 11 + 10 components, its values 13.
+LATENT_SIZES = dict(num_heads=HEADS, q_rank=33, kv_rank=19, nope_head_dim=11,
+                    rope_head_dim=10, v_head_dim=13)
 
 REFERENCE_SIZES = dict(
     vocab_size=VOCAB, hidden_size=D_MODEL, num_attention_heads=HEADS,
@@ -32,15 +35,17 @@ def shrink(name: str, num_layers: int, *, attention=None, moe=None, **fields):
   """The preset of that name in small, with some fields replaced."""
   config = jaxlm.preset(name)
   sizes = dict(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+  if isinstance(config.attention, MLAConfig):
+    sizes = LATENT_SIZES
   fields["attention"] = dataclasses.replace(
       config.attention, **(sizes | (attention or {})))
   if config.mlp:
-    fields["mlp"] = dataclasses.replace(config.mlp, d_ff=D_FF)
+    mlp = dataclasses.replace(config.mlp, d_ff=D_FF)
+    fields = {"mlp": mlp} | fields
   if config.moe:
-    expert = dataclasses.replace(config.moe.expert, d_ff=D_FF)
-    fields["moe"] = dataclasses.replace(
-        config.moe, num_experts=EXPERTS, experts_per_token=PER_TOKEN,
-        expert=expert, **(moe or {}))
+    sizes = dict(num_experts=EXPERTS, experts_per_token=PER_TOKEN,
+                 expert=dataclasses.replace(config.moe.expert, d_ff=D_FF))
+    fields["moe"] = dataclasses.replace(config.moe, **(sizes | (moe or {})))
   return dataclasses.replace(config, vocab_size=VOCAB, d_model=D_MODEL,
                              num_layers=num_layers, **fields)
 
@@ -130,6 +135,42 @@ def _gpt_oss():
               rope_parameters=rope, sliding_window=128))
 
 
+def _deepseek_v3(q_rank, scaled):
+  """Published, or with all that is optional left away."""
+  preset = jaxlm.preset("deepseek-v3")
+  rope, router = preset.attention.rope, preset.moe.router
+  theirs = dict(rope_type="default", rope_theta=10000.0)
+  if scaled:
+    scaling = dataclasses.replace(rope.scaling, mscale=0.7, mscale_all_dim=1.3)
+    rope = dataclasses.replace(rope, scaling=scaling)
+    router = dataclasses.replace(router, num_groups=3, groups_per_token=2)
+    theirs = dict(rope_type="yarn", rope_theta=10000.0, factor=40.0,
+                  beta_fast=32, beta_slow=1, mscale=0.7, mscale_all_dim=1.3,
+                  original_max_position_embeddings=4096)
+  else:
+    rope = jaxlm.RopeConfig(10000.0)
+    router = dataclasses.replace(
+        router, num_groups=1, groups_per_token=1, renormalize=False,
+        weight_scale=1.5)
+  return (
+      shrink("deepseek-v3", 5, attention=dict(q_rank=q_rank, rope=rope),
+             mlp=MLPConfig(31), num_dense_layers=2,
+             moe=dict(num_experts=12, router=router,
+                      shared=MLPConfig(2 * D_FF))),
+      transformers.DeepseekV3Config(
+          vocab_size=VOCAB, hidden_size=D_MODEL, num_hidden_layers=5,
+          first_k_dense_replace=2, intermediate_size=31,
+          moe_intermediate_size=D_FF, num_attention_heads=HEADS,
+          num_key_value_heads=HEADS, q_lora_rank=q_rank, kv_lora_rank=19,
+          qk_nope_head_dim=11, qk_rope_head_dim=10, v_head_dim=13,
+          n_routed_experts=12, n_shared_experts=2,
+          num_experts_per_tok=PER_TOKEN, n_group=3 if scaled else 1,
+          topk_group=2 if scaled else 1, norm_topk_prob=scaled,
+          routed_scaling_factor=2.5 if scaled else 1.5,
+          rope_interleave=scaled, rope_parameters=theirs,
+          num_nextn_predict_layers=0))
+
+
 CASES = {
     "gpt2": _gpt2,
     "llama": _llama,
@@ -143,6 +184,8 @@ CASES = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "gpt_oss": _gpt_oss,
+    "deepseek_v3": functools.partial(_deepseek_v3, 33, True),
+    "deepseek_v3_plain": functools.partial(_deepseek_v3, None, False),
 }
 
 
@@ -154,8 +197,8 @@ class Case(typing.NamedTuple):
 
 
 @functools.cache
-def case(name: str) -> Case:
-  """Our config and parameters, and the logits that transformers computes."""
+def reference_model(name: str):
+  """Our config, and transformers' model."""
   config, reference = CASES[name]()
   with torch.random.fork_rng():
     torch.manual_seed(0)
@@ -163,11 +206,28 @@ def case(name: str) -> Case:
         reference, dtype=torch.float32, attn_implementation="eager",
         experts_implementation="eager").eval()
     randomize(model, norm_center=1 - config.norm.scale_offset)
+  return config, model
+
+
+@functools.cache
+def case(name: str) -> Case:
+  """Our config and parameters, and the logits that transformers computes."""
+  config, model = reference_model(name)
   tokens_BT = np.random.default_rng(1).integers(0, VOCAB, (BATCH, LENGTH))
   with torch.no_grad():
     logits_BTV = model(torch.tensor(tokens_BT), use_cache=False).logits
-  params = params_of(config, dict(model.named_parameters()))
+  params = params_of(config, named_weights(model))
   return Case(config, params, tokens_BT, logits_BTV.numpy())
+
+
+def named_weights(model) -> dict:
+  return dict(model.named_parameters()) | balance_biases(model)
+
+
+def balance_biases(model) -> dict:
+  """DeepSeek's balance bias is a buffer, which no gradient reaches."""
+  return {name: b for name, b in model.named_buffers()
+          if name.endswith("e_score_correction_bias")}
 
 
 @torch.no_grad()
@@ -186,6 +246,8 @@ def randomize(model, norm_center: float):
     else:
       gain = 3 if "gate_up" in name else 1.5
       w.normal_(0, gain * D_MODEL ** -0.5)
+  for b in balance_biases(model).values():
+    b.normal_(0, 0.3)
 
 
 def our_logits(config: ModelConfig, params, tokens_BT,

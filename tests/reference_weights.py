@@ -3,7 +3,7 @@ import jax
 import numpy as np
 
 import jaxlm
-from jaxlm.config import ModelConfig, stacks
+from jaxlm.config import MLAConfig, ModelConfig, stacks
 
 
 def params_of(config: ModelConfig, parameters: dict) -> dict:
@@ -78,13 +78,13 @@ def _read_llama(config, take) -> dict:
     prefix = f"model.layers.{i}"
     layer = {name: {"scale": take(f"{prefix}.{theirs}.weight")}
              for name, theirs in NORMS[config.norm.placement].items()}
-    layer["attention"] = _read_attention(config, take, f"{prefix}.self_attn")
-    if config.moe:
+    read = (_read_latent_attention if isinstance(config.attention, MLAConfig)
+            else _read_attention)
+    layer["attention"] = read(config, take, f"{prefix}.self_attn")
+    if config.layers[i].moe:
       layer["moe"] = _read_moe(config, take, f"{prefix}.mlp")
     else:
-      gate, up, down = (take(f"{prefix}.mlp.{name}_proj.weight").T
-                        for name in ("gate", "up", "down"))
-      layer["mlp"] = {"gate_up": np.concatenate([gate, up], 1), "down": down}
+      layer["mlp"] = _read_mlp(take, f"{prefix}.mlp")
     layers.append(layer)
   params = {"embed": {"embedding": take("model.embed_tokens.weight")},
             "final_norm": {"scale": take("model.norm.weight")},
@@ -92,6 +92,31 @@ def _read_llama(config, take) -> dict:
   if not config.tie_embeddings:
     params["unembedding"] = take("lm_head.weight").T
   return params
+
+
+def _read_mlp(take, prefix) -> dict:
+  gate, up, down = (take(f"{prefix}.{name}_proj.weight").T
+                    for name in ("gate", "up", "down"))
+  return {"gate_up": np.concatenate([gate, up], 1), "down": down}
+
+
+def _read_latent_attention(config, take, prefix) -> dict:
+  c = config.attention
+  def heads(name):
+    w = take(f"{prefix}.{name}.weight")
+    return w.T.reshape(w.shape[1], c.num_heads, -1)
+  def norm(name):
+    return {"scale": take(f"{prefix}.{name}.weight")}
+  result = {
+      "kv_a_proj": take(f"{prefix}.kv_a_proj_with_mqa.weight").T,
+      "kv_a_norm": norm("kv_a_layernorm"), "kv_b_proj": heads("kv_b_proj"),
+      "o_proj": take(f"{prefix}.o_proj.weight").T.reshape(
+          c.num_heads, c.v_head_dim, config.d_model)}
+  if c.q_rank is None:
+    return result | {"q_proj": heads("q_proj")}
+  return result | {"q_a_proj": take(f"{prefix}.q_a_proj.weight").T,
+                   "q_a_norm": norm("q_a_layernorm"),
+                   "q_b_proj": heads("q_b_proj")}
 
 
 def _read_attention(config, take, prefix) -> dict:
@@ -118,8 +143,13 @@ def _read_moe(config, take, prefix) -> dict:
   gate_up = take(f"{prefix}.experts.gate_up_proj")
   down = take(f"{prefix}.experts.down_proj")
   if not config.moe.expert.bias:
-    return {"router": take(f"{prefix}.gate.weight").T,
-            "gate_up": gate_up.swapaxes(1, 2), "down": down.swapaxes(1, 2)}
+    result = {"router": take(f"{prefix}.gate.weight").T,
+              "gate_up": gate_up.swapaxes(1, 2), "down": down.swapaxes(1, 2)}
+    if config.moe.router.balance_bias:
+      result["balance_bias"] = take(f"{prefix}.gate.e_score_correction_bias")
+    if config.moe.shared:
+      result["shared"] = _read_mlp(take, f"{prefix}.shared_experts")
+    return result
   # gpt-oss alone stores its experts as [E, in, out].
   return {"router": take(f"{prefix}.router.weight").T,
           "router_bias": take(f"{prefix}.router.bias"),

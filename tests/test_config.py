@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 import pytest
 
 from jaxlm.config import (AttentionConfig, LayerKind, LinearScaling,
-                          Llama3Scaling, MLPConfig, ModelConfig, MoEConfig,
-                          NormConfig, RopeConfig, RouterConfig, YarnScaling,
-                          from_dict, stacks, to_dict)
+                          Llama3Scaling, MLAConfig, MLPConfig, ModelConfig,
+                          MoEConfig, NormConfig, RopeConfig, RouterConfig,
+                          YarnScaling, from_dict, stacks, to_dict)
 
 ATTENTION = AttentionConfig(
     num_heads=6, num_kv_heads=2, head_dim=10, sliding_window=7,
@@ -18,6 +18,11 @@ ATTENTION = AttentionConfig(
     biases=("q", "o"), sinks=True, scale=0.3)
 MOE = MoEConfig(5, 2, MLPConfig(24, "clamped_swiglu", interleaved=True),
                 RouterConfig("topk_softmax", bias=True), shared=MLPConfig(16))
+GROUPED = MoEConfig(12, 4, MLPConfig(24), RouterConfig(
+    "sigmoid_topk", renormalize=True, balance_bias=True, num_groups=4,
+    groups_per_token=2, weight_scale=2.5))
+LATENT = MLAConfig(6, 11, 7, 4, 9, q_rank=8, rope=RopeConfig(
+    scaling=YarnScaling(mscale=0.7, mscale_all_dim=1.3), interleaved=True))
 MODEL = ModelConfig(
     vocab_size=61, d_model=14, num_layers=9, attention=ATTENTION,
     mlp=MLPConfig(32), moe=MOE, num_dense_layers=2,
@@ -35,6 +40,7 @@ def with_scaling(scaling):
     with_scaling(Llama3Scaling(factor=4.0)),
     with_scaling(YarnScaling(truncate=True)),
     ModelConfig(61, 14, 3, AttentionConfig(2, 1, 4), mlp=MLPConfig(8)),
+    ModelConfig(61, 14, 3, LATENT, moe=GROUPED),
 ])
 def test_a_config_survives_json(config):
   assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == (
@@ -71,7 +77,7 @@ def changed(**changes):
     (dict(layer_pattern="full"), "ModelConfig.layer_pattern='full': expected"),
     (dict(layer_pattern=["full", 3]), "layer_pattern[1]=3: expected str, got"),
     (dict(attention=5), "ModelConfig.attention=5: expected a mapping of the "
-     "fields of AttentionConfig"),
+     "fields of AttentionConfig or MLAConfig"),
     (dict(attention=None), "ModelConfig.attention=None: expected a mapping"),
     (dict(norm__eps=[1]), "ModelConfig.norm.eps=[1]: expected float, got list"),
     (dict(moe__expert__d_ff="1"), "ModelConfig.moe.expert.d_ff='1': expected"),
@@ -79,8 +85,12 @@ def changed(**changes):
      "ModelConfig.attention.rope_full.scaling.type='NtkScaling': use one of "
      "['LinearScaling', 'Llama3Scaling', 'YarnScaling']"),
     (dict(attention__rope_full__scaling={"factor": 2.0}), "scaling.type=None"),
-    (dict(attention__type="MLAConfig"), "ModelConfig.attention.type="
-     "'MLAConfig': use 'AttentionConfig'"),
+    (dict(attention__type="MQAConfig"), "ModelConfig.attention.type="
+     "'MQAConfig': use one of ['AttentionConfig', 'MLAConfig']"),
+    (dict(attention__type="MLAConfig"), "ModelConfig.attention has no field "
+     "'num_kv_heads': did you mean 'num_heads'?"),
+    (dict(norm__type="MLAConfig"), "ModelConfig.norm.type='MLAConfig': use "
+     "'NormConfig'"),
     (dict(type="MLPConfig"), "ModelConfig.type='MLPConfig'"),
 ])
 def test_bad_input_is_refused_by_name(changes, message):
@@ -142,6 +152,20 @@ def test_a_whole_number_is_a_float_and_a_config_is_itself():
      "kind='topk_softmax'"),
     (MOE.router, dict(kind="expert_choice", balance_bias=True),
      "balance_bias=True has no meaning for kind='expert_choice'"),
+    (MOE.router, dict(kind="noisy_topk", num_groups=3, bias=False),
+     "num_groups=3 has no meaning for kind='noisy_topk'"),
+    (MOE.router, dict(kind="expert_choice", weight_scale=2.0),
+     "weight_scale=2.0 has no meaning for kind='expert_choice'"),
+    (GROUPED.router, dict(groups_per_token=5), "groups_per_token=5 exceeds "
+     "num_groups=4"),
+    (GROUPED, dict(num_experts=10), "num_experts=10 is not a multiple of "
+     "router.num_groups=4"),
+    (GROUPED, dict(experts_per_token=7), "experts_per_token=7 exceeds the 6 "
+     "experts of groups_per_token=2 of 4 groups"),
+    (MODEL, dict(attention=LATENT), "latent attention is full, use ('full',)"),
+    (LATENT, dict(rope_head_dim=5), "rope_head_dim=5: rotary positions need"),
+    (LATENT, dict(kv_rank=0), "MLAConfig.kv_rank=0: must be positive"),
+    (LATENT, dict(q_rank=0), "MLAConfig.q_rank=0: must be positive"),
     (MODEL.norm, dict(kind="batchnorm"), "NormConfig.kind='batchnorm': use"),
     (MODEL.norm, dict(placement="post"), "NormConfig.placement='post': use"),
     (MODEL.norm, dict(eps=0.0), "NormConfig.eps=0.0: must be positive"),
@@ -150,6 +174,7 @@ def test_a_whole_number_is_a_float_and_a_config_is_itself():
     (Llama3Scaling(), dict(high_freq_factor=1.0), "high_freq_factor=1.0: must "
      "exceed low_freq_factor=1.0"),
     (YarnScaling(), dict(factor=0.5), "factor=0.5: must be at least 1"),
+    (YarnScaling(), dict(mscale=-1.0), "mscale=-1.0: must not be negative"),
     (YarnScaling(), dict(beta_fast=1.0), "beta_fast=1.0: must exceed "
      "beta_slow=1.0"),
 ])

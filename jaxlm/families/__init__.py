@@ -2,13 +2,13 @@
 import dataclasses
 import difflib
 
-from jaxlm.config import ModelConfig
-from jaxlm.families import (gemma2, gemma3, gpt2, gpt_oss, llama, mixtral,
-                            qwen2, qwen3, qwen3_moe)
+from jaxlm.config import AttentionConfig, ModelConfig
+from jaxlm.families import (deepseek_v3, gemma2, gemma3, gpt2, gpt_oss, llama,
+                            mixtral, qwen2, qwen3, qwen3_moe)
 from jaxlm.families.family import Family
 
 _MODULES = (gpt2, llama, qwen2, qwen3, qwen3_moe, gemma2, gemma3, mixtral,
-            gpt_oss)
+            gpt_oss, deepseek_v3)
 _PRESETS = {name: config for module in _MODULES
             for name, config in module.PRESETS.items()}
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
@@ -57,7 +57,8 @@ def hf_family(config: ModelConfig) -> tuple[Family, dict]:
     ValueError: there is none.
   """
   for family in FAMILIES.values():
-    if family.moe != (config.moe is not None):
+    if (family.moe != (config.moe is not None)
+        or not isinstance(config.attention, family.attention)):
       continue
     values = {"model_type": family.model_type,
               "architectures": [family.architecture],
@@ -81,13 +82,14 @@ def same_function(a: ModelConfig, b: ModelConfig) -> bool:
 def _canonical(config: ModelConfig) -> ModelConfig:
   kinds = {layer.attention for layer in config.layers}
   attention = config.attention
-  attention = dataclasses.replace(
-      attention, scale=attention.query_scale,
-      biases=tuple(sorted(attention.biases)),
-      rope_full=attention.rope_full if "full" in kinds else None,
-      rope_sliding=attention.rope_sliding if "sliding" in kinds else None,
-      sliding_window=(attention.sliding_window if "sliding" in kinds
-                      else None))
+  if isinstance(attention, AttentionConfig):
+    attention = dataclasses.replace(
+        attention, scale=attention.query_scale,
+        biases=tuple(sorted(attention.biases)),
+        rope_full=attention.rope_full if "full" in kinds else None,
+        rope_sliding=attention.rope_sliding if "sliding" in kinds else None,
+        sliding_window=(attention.sliding_window if "sliding" in kinds
+                        else None))
   return dataclasses.replace(
       config, attention=attention, dropout=0.0,
       layer_pattern=tuple(layer.attention for layer in config.layers))

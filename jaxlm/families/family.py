@@ -2,7 +2,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import AttentionConfig, MLAConfig, ModelConfig
 from jaxlm.convert.rules import Rule
 
 
@@ -12,13 +12,14 @@ class Family:
 
   `from_hf_config` raises ValueError or NotImplementedError, naming the field,
   for what our config cannot say; `to_hf_config` may write less than the config
-  says: `families.hf_family` reads it back. Only models with experts (`moe`) or
-  only those without are asked of it.
+  says: `families.hf_family` reads it back. Only models with this type of
+  `attention`, and with experts (`moe`) or without, are asked of it.
 
   `renames` are (regular expression, replacement) for names in files that some
   publish with another prefix. `left_out` matches whole names, after renaming,
   that are no weights of the text model; those that `vision` matches are left
-  out too, with a warning.
+  out too, with a warning, and so are, if it `predicts_further`, the layers
+  after the last, which predict more tokens than the next.
   """
   model_type: str
   architecture: str
@@ -29,3 +30,5 @@ class Family:
   left_out: str = r".*\.rotary_emb\.inv_freq"
   vision: str = ""
   moe: bool = False
+  attention: type[AttentionConfig] | type[MLAConfig] = AttentionConfig
+  predicts_further: bool = False

@@ -43,7 +43,8 @@ _SCALINGS = {
         "original_context": "original_max_position_embeddings"}),
     YarnScaling: ("yarn", {
         "factor": "factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
-        "truncate": "truncate",
+        "truncate": "truncate", "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
         "original_context": "original_max_position_embeddings"}),
 }
 
@@ -184,21 +185,36 @@ class Fields:
                            self("max_position_embeddings"))
     if cls is YarnScaling:
       arguments.setdefault("truncate", True)
+      _mscales(arguments)
     if cls is not None and "factor" not in arguments:
       raise ValueError(f"config.json: rope of type {kind!r} lacks 'factor'")
-    if cls is YarnScaling and _is_usual(values, arguments["factor"]):
+    scaling = cls and cls(**_numbers(cls, arguments))
+    if cls is YarnScaling and _is_usual(values, scaling.rotation_factor):
       values.pop("attention_factor", None)
     left = {name: value for name, value in values.items() if value is not None}
     if left:
       raise NotImplementedError(
           f"config.json: rope of type {kind!r} has {left}, not supported")
-    return cls and cls(**_numbers(cls, arguments))
+    return scaling
 
 
 def _is_usual(values: dict, factor: float) -> bool:
   """Whether a given factor of cos and sin is the one YaRN has anyway."""
   given = values.get("attention_factor")
-  return given is None or math.isclose(given, 0.1 * math.log(factor) + 1)
+  return given is None or math.isclose(given, factor)
+
+
+def _mscales(arguments: dict) -> None:
+  """YaRN's two mscales, which transformers heeds only together."""
+  given = [name for name in ("mscale", "mscale_all_dim")
+           if arguments.get(name)]
+  if given == ["mscale_all_dim"]:
+    raise NotImplementedError(
+        f"config.json: rope has mscale_all_dim={arguments['mscale_all_dim']} "
+        "without mscale, not supported: give both or none")
+  if len(given) < 2:
+    arguments.pop("mscale", None)
+    arguments.pop("mscale_all_dim", None)
 
 
 def _numbers(cls, arguments: dict) -> dict:
@@ -218,9 +234,11 @@ def rope_scaling(config: RopeConfig) -> dict | None:
   if config.scaling is None:
     return None
   name, names = _SCALINGS[type(config.scaling)]
-  return {"rope_type": name,
-          **{theirs: getattr(config.scaling, ours)
-             for ours, theirs in names.items()}}
+  values = {theirs: getattr(config.scaling, ours)
+            for ours, theirs in names.items()}
+  if values.get("mscale_all_dim") == 0:
+    del values["mscale"], values["mscale_all_dim"]
+  return {"rope_type": name, **values}
 
 
 def activation_name(config: MLPConfig, prefer: str) -> str:

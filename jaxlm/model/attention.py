@@ -30,8 +30,11 @@ class Attention(nn.Module):
     if config.qk_norm:
       q = Norm(self.norm, name="q_norm")(q)
       k = Norm(self.norm, name="k_norm")(k)
-    table = context.rope[self.kind]
-    q, k = rotate(q, table), rotate(k, table)
+    rope = (config.rope_sliding if self.kind == "sliding"
+            else config.rope_full)
+    if rope is not None:
+      table = context.rope[self.kind]
+      q, k = (rotate(y, table, rope.interleaved) for y in (q, k))
     sinks = None
     if config.sinks:
       sinks = weight(self, "sinks", (config.num_heads,), ("heads",),

@@ -5,7 +5,7 @@ are those of shapes: D d_model, N and K heads, H head_dim, E experts, V words.
 """
 import dataclasses
 
-from jaxlm.config import MLPConfig, ModelConfig
+from jaxlm.config import MLAConfig, MLPConfig, ModelConfig
 
 
 class _Parts:
@@ -22,8 +22,8 @@ class Counts(_Parts):
 
   embedding: tables that are only looked up: the tokens' if it is not tied to
     the unembedding, and learned positions.
-  attention: with its biases, sinks and QK-norms. mlp: dense feed-forwards and
-    shared experts. norms: all others.
+  attention: with its biases, sinks and the norms inside it. mlp: dense
+    feed-forwards and shared experts. norms: all others.
   idle_experts: the routed experts that a token does not visit; experts: those
     it does.
   """
@@ -105,9 +105,7 @@ def flops_per_token(config: ModelConfig, seq_len: int,
   """
   attention, moe, d_model = config.attention, config.moe, config.d_model
   num_moe = config.num_layers - config.num_dense_layers if moe else 0
-  heads_2 = 2 * attention.num_heads * attention.head_dim
-  projections = 2 * d_model * (
-      heads_2 + 2 * attention.num_kv_heads * attention.head_dim)
+  scores = attention.num_heads * (attention.head_dim + attention.v_head_dim)
   keys = sum(keys_seen(config, kind.attention, seq_len)
              for kind in config.layers)
   mlp = experts = router = 0
@@ -121,8 +119,9 @@ def flops_per_token(config: ModelConfig, seq_len: int,
       mlp += num_moe * _mlp_matrices(moe.shared, d_model)
   times = 3 if backward else 1
   return Flops(
-      attention_projections=times * config.num_layers * projections,
-      attention_scores=times * 2 * heads_2 * keys / seq_len,
+      attention_projections=(times * 2 * config.num_layers
+                             * _attention_matrices(config)),
+      attention_scores=times * 2 * scores * keys / seq_len,
       mlp=times * 2 * mlp, experts=times * 2 * experts,
       router=times * 2 * router,
       unembedding=times * 2 * config.vocab_size * d_model)
@@ -140,13 +139,17 @@ def cache_bytes(config: ModelConfig, length: int,
                 bytes_per_value: float = 2) -> float:
   """Bytes of the keys and values of one sequence of `length` tokens.
 
-  A sliding layer stops growing at its window.
+  A sliding layer stops growing at its window. Latent attention keeps the
+  latent and the rotary key for all heads.
   """
   attention = config.attention
   slots = sum(min(attention.sliding_window, length)
               if kind.attention == "sliding" else length
               for kind in config.layers)
-  values = 2 * attention.num_kv_heads * attention.head_dim
+  if isinstance(attention, MLAConfig):
+    values = attention.kv_rank + attention.rope_head_dim
+  else:
+    values = 2 * attention.num_kv_heads * attention.head_dim
   return slots * values * bytes_per_value
 
 
@@ -169,13 +172,28 @@ def _router_matrices(config: ModelConfig) -> int:
   return 2 if config.moe.router.kind == "noisy_topk" else 1
 
 
+def _attention_matrices(config: ModelConfig) -> int:
+  a, d_model = config.attention, config.d_model
+  if not isinstance(a, MLAConfig):
+    return 2 * d_model * (a.num_heads + a.num_kv_heads) * a.head_dim
+  q_width = a.num_heads * a.head_dim
+  return ((d_model * q_width if a.q_rank is None
+           else a.q_rank * (d_model + q_width))
+          + d_model * (a.kv_rank + a.rope_head_dim)
+          + a.kv_rank * a.num_heads * (a.nope_head_dim + a.v_head_dim)
+          + a.num_heads * a.v_head_dim * d_model)
+
+
 def _attention_params(config: ModelConfig) -> int:
   attention, d_model = config.attention, config.d_model
+  matrices = _attention_matrices(config)
+  if isinstance(attention, MLAConfig):
+    return matrices + attention.kv_rank + (attention.q_rank or 0)
   width = attention.num_heads * attention.head_dim
   kv_width = attention.num_kv_heads * attention.head_dim
   biases = {"q": width, "k": kv_width, "v": kv_width, "o": d_model}
   norm = 2 if config.norm.kind == "layernorm" else 1
-  return (2 * d_model * (width + kv_width)
+  return (matrices
           + sum(biases[name] for name in set(attention.biases))
           + attention.sinks * attention.num_heads
           + attention.qk_norm * 2 * norm * attention.head_dim)

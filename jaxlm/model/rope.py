@@ -51,7 +51,7 @@ def frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
       ramp = np.clip((np.arange(head_dim // 2) - low)
                      / max(high - low, 0.001), 0, 1)
       scaled = (1 - ramp) * base + ramp * base / s.factor
-      return scaled, 0.1 * math.log(s.factor) + 1
+      return scaled, s.rotation_factor
   raise NotImplementedError(f"rope scaling {config.scaling!r}")
 
 
@@ -65,11 +65,18 @@ def rope_table(config: RopeConfig | None, head_dim: int,
   return RopeTable(factor * jnp.cos(angles), factor * jnp.sin(angles))
 
 
-def rotate(x_BTNH, table: RopeTable | None):
-  """Rotates the two halves of each head, in float32."""
+def rotate(x_BTNH, table: RopeTable | None, interleaved: bool = False):
+  """Rotates the two halves of each head, in float32.
+
+  With `interleaved` it rotates pairs of neighbours, and leaves the first of
+  each in the first half, the second in the second: queries and keys alike, so
+  their products are those of pairs left in place.
+  """
   if table is None:
     return x_BTNH
   cos, sin = table.cos[..., None, :], table.sin[..., None, :]
-  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, -1)
+  x = x_BTNH.astype(jnp.float32)
+  a, b = ((x[..., ::2], x[..., 1::2]) if interleaved
+          else jnp.split(x, 2, -1))
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
   return rotated.astype(x_BTNH.dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.config import MoEConfig
+from jaxlm.config import MoEConfig, RouterConfig
 
 
 class Routing(typing.NamedTuple):
@@ -76,24 +76,45 @@ def route(config: MoEConfig, logits_TE, *, balance_bias_E=None,
 def choose(config: MoEConfig, logits_TE, balance_bias_E=None):
   """Each token's experts [T, A], best first, and their weights [T, A].
 
-  The balance bias shifts softmax scores, for every kind: so its rate means
-  the same everywhere (arXiv 2408.15664, equation 3).
+  The balance bias shifts scores between 0 and 1, for every kind: so its rate
+  means the same everywhere (arXiv 2408.15664, equation 3).
   """
-  probs_TE = jax.nn.softmax(logits_TE)
-  ranked_TE = (logits_TE if config.router.kind != "softmax_topk"
-               else probs_TE)
+  router, scores_TE = config.router, _scores(config, logits_TE)
+  by_score = router.kind in ("softmax_topk", "sigmoid_topk")
+  ranked_TE = scores_TE if by_score else logits_TE
   if balance_bias_E is not None:
-    ranked_TE = probs_TE + balance_bias_E
-  _, expert_TA = lax.top_k(lax.stop_gradient(ranked_TE),
-                           config.experts_per_token)
-  if config.router.kind == "softmax_topk":
-    weight_TA = jnp.take_along_axis(probs_TE, expert_TA, -1)
-    if config.router.renormalize:
-      weight_TA /= jnp.sum(weight_TA, -1, keepdims=True)
+    ranked_TE = scores_TE + balance_bias_E
+  ranked_TE = lax.stop_gradient(ranked_TE)
+  if router.num_groups > 1:
+    ranked_TE = _in_best_groups(ranked_TE, router)
+  _, expert_TA = lax.top_k(ranked_TE, config.experts_per_token)
+  if by_score:
+    weight_TA = jnp.take_along_axis(scores_TE, expert_TA, -1)
+    if router.renormalize:
+      # Sigmoids, unlike the best of a softmax, may all be 0.
+      weight_TA /= jnp.sum(weight_TA, -1, keepdims=True) + 1e-20
   else:
     # A softmax over the kept logits is KeepTopK's, the rest at -infinity.
     weight_TA = jax.nn.softmax(jnp.take_along_axis(logits_TE, expert_TA, -1))
-  return expert_TA, weight_TA
+  return expert_TA, router.weight_scale * weight_TA
+
+
+def _scores(config: MoEConfig, logits_TE):
+  """How well experts and tokens fit, between 0 and 1."""
+  if config.router.kind == "sigmoid_topk":
+    return jax.nn.sigmoid(logits_TE)
+  return jax.nn.softmax(logits_TE)
+
+
+def _in_best_groups(ranked_TE, router: RouterConfig):
+  """The ranks, -infinity outside each token's best groups of experts."""
+  ranked_TGE = ranked_TE.reshape(len(ranked_TE), router.num_groups, -1)
+  two_TG2, _ = lax.top_k(ranked_TGE, min(2, ranked_TGE.shape[-1]))
+  _, group_TC = lax.top_k(jnp.sum(two_TG2, -1), router.groups_per_token)
+  chosen_TG = jnp.any(
+      group_TC[:, :, None] == jnp.arange(router.num_groups), 1)
+  return jnp.where(chosen_TG[..., None], ranked_TGE,
+                   -jnp.inf).reshape(ranked_TE.shape)
 
 
 def sort_by_expert(expert_TA, weight_TA, num_experts: int) -> Routing:
@@ -140,12 +161,16 @@ def balancing_losses(config: MoEConfig, logits_TE, group_sizes_E,
 
   cv_importance: CV(importance)^2 (Shazeer et al. 2017, section 4).
   switch: E sum_i f_i P_i with f_i the share of the routed rows and P_i the
-    mean of the full softmax (Fedus et al. 2021, equation 4); 1 when uniform,
-    whatever the number of experts per token.
+    mean of the full softmax (Fedus et al. 2021, equation 4), or of sigmoids
+    over their sum (arXiv 2412.19437, equation 19); 1 when uniform, whatever
+    the number of experts per token.
   router_z: mean of logsumexp(logits)^2 (ST-MoE, equation 5).
   """
   share_E = group_sizes_E / jnp.sum(group_sizes_E)
-  mean_prob_E = jnp.mean(jax.nn.softmax(logits_TE), 0)
+  probs_TE = _scores(config, logits_TE)
+  if config.router.kind == "sigmoid_topk":
+    probs_TE /= jnp.sum(probs_TE, -1, keepdims=True) + 1e-20
+  mean_prob_E = jnp.mean(probs_TE, 0)
   return {
       "cv_importance": squared_cv(importance_E),
       "switch": config.num_experts * jnp.sum(share_E * mean_prob_E),

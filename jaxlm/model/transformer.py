@@ -21,10 +21,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import LayerKind, ModelConfig, Stack, stacks
+from jaxlm.config import LayerKind, MLAConfig, ModelConfig, Stack, stacks
 from jaxlm.model.attention import Attention
-from jaxlm.model.cache import LayerCache
+from jaxlm.model.cache import LatentCache, LayerCache
 from jaxlm.model.layers import Norm, dropout, fan_in, soft_cap, weight
+from jaxlm.model.mla import MLA
 from jaxlm.model.mlp import MLP
 from jaxlm.model.moe import MoE
 from jaxlm.model.rope import RopeTable, rope_table
@@ -99,10 +100,8 @@ class Layer(nn.Module):
         y = norm(y, name)
       return x + dropout(y, config.dropout, key)
 
-    y, cache = Attention(
-        config.attention, self.kind.attention, config.norm, residual_scale,
-        execution.attention, name="attention")(
-            norm(x_BTD, "attention_norm"), context, cache)
+    y, cache = self._attention(residual_scale)(
+        norm(x_BTD, "attention_norm"), context, cache)
     x_BTD = add(x_BTD, y, "attention_post_norm", keys[0])
     y, router = norm(x_BTD, "mlp_norm"), None
     if self.kind.moe:
@@ -111,6 +110,14 @@ class Layer(nn.Module):
     else:
       y = MLP(config.mlp, residual_scale, name="mlp")(y)
     return add(x_BTD, y, "mlp_post_norm", keys[1]), router, cache
+
+  def _attention(self, residual_scale):
+    config, implementation = self.config, self.execution.attention
+    if isinstance(config.attention, MLAConfig):
+      return MLA(config.attention, residual_scale, implementation,
+                 name="attention")
+    return Attention(config.attention, self.kind.attention, config.norm,
+                     residual_scale, implementation, name="attention")
 
 
 class Period(nn.Module):
@@ -202,9 +209,13 @@ def make_context(config: ModelConfig, tokens_BT, positions_BT=None,
   attention = config.attention
   if positions_BT is None:
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-  rope = {kind: rope_table(config_, attention.head_dim, positions_BT)
-          for kind, config_ in (("full", attention.rope_full),
-                                ("sliding", attention.rope_sliding))}
+  if isinstance(attention, MLAConfig):
+    rope = {"full": rope_table(attention.rope, attention.rope_head_dim,
+                               positions_BT)}
+  else:
+    rope = {kind: rope_table(config_, attention.head_dim, positions_BT)
+            for kind, config_ in (("full", attention.rope_full),
+                                  ("sliding", attention.rope_sliding))}
   positions_BT = jnp.broadcast_to(positions_BT, tokens_BT.shape)
   return Context(rope, positions_BT, segment_ids_BT, key)
 
@@ -317,7 +328,8 @@ def per_layer(config: ModelConfig, params: dict) -> dict:
 
 
 def forward_with_cache(config: ModelConfig, params: dict,
-                       cache: list[LayerCache], tokens_BT, positions_BT, *,
+                       cache: list[LayerCache | LatentCache], tokens_BT,
+                       positions_BT, *,
                        execution: Execution = Execution()):
   """Hidden states of new tokens, and the cache with them in it.
 

@@ -11,9 +11,11 @@ SCHEDULES = ("cosine", "wsd")
 # Which axes of a matrix are contracted with its input, and which are its
 # output; axes before them number layers and experts.
 MATRICES = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ((-3,), (-2, -1))),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"),
+                    ((-3,), (-2, -1))),
     "o_proj": ((-3, -2), (-1,)),
-    **dict.fromkeys(("gate_up", "up", "down"), ((-2,), (-1,))),
+    **dict.fromkeys(("gate_up", "up", "down", "q_a_proj", "kv_a_proj"),
+                    ((-2,), (-1,))),
 }
 # Matrices that Muon leaves to AdamW; both decay them.
 OTHER_DECAYED = ("unembedding", "router", "router_noise")

@@ -14,7 +14,7 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
   Args:
     q_BTNH: queries; query t stands at position t + q_offset.
     k_BSKH: keys at positions 0 to S - 1; N is a multiple of K.
-    v_BSKH: values.
+    v_BSKH: values; their head_dim may differ from that of the keys.
     window: how many keys a query sees, its own included; None sees all.
     scale: multiplies q k.
     sinks_N: one logit for each query head, unscaled, which joins the softmax
@@ -26,8 +26,8 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
       "reference" (all T x S scores) or "auto".
 
   Returns:
-    [B, T, N, H] of q's dtype; softmax in float32. Differentiable in q, k, v
-    and the sinks.
+    [B, T, N, the values' head_dim] of q's dtype; softmax in float32.
+    Differentiable in q, k, v and the sinks.
 
   Raises:
     ValueError: shapes, the window or the implementation do not fit.
@@ -56,7 +56,7 @@ def cached_attention(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, *,
     (The others as in `windowed_attention`.)
 
   Returns:
-    [B, T, N, H] of q's dtype.
+    [B, T, N, the values' head_dim] of q's dtype.
   """
   seen_BTS = reference.visible(q_positions_BT, k_positions_BS, window)
   seen_BTS &= (k_positions_BS >= 0)[:, None]
@@ -65,14 +65,16 @@ def cached_attention(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, *,
 
 
 def _validate(q, k, v, window, sinks_N, segment_ids_BS, q_offset):
-  if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+  if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
     raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected "
-                     "[B, T, N, H] and twice [B, S, K, H]")
+                     "[B, T, N, H] and twice [B, S, K, H] (of v the last may "
+                     "be another)")
   if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
     raise ValueError(f"q {q.shape} and k {k.shape} differ in batch or "
                      "head_dim")
-  if 0 in (*q.shape, *k.shape):
-    raise ValueError(f"q {q.shape} and k {k.shape}: nothing to attend")
+  if 0 in (*q.shape, *k.shape, *v.shape):
+    raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape}: nothing to "
+                     "attend")
   if q.shape[2] % k.shape[2]:
     raise ValueError(f"{q.shape[2]} query heads are not a multiple of "
                      f"{k.shape[2]} key heads")

@@ -122,7 +122,8 @@ def forward(q, k, v, sinks_KG, segment_ids_BS, options: Options):
     return (_put(o, o_chunk / total[..., None], q_start, 3),
             _put(lse, top + jnp.log(total), q_start, 3))
 
-  carry = jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32)
+  carry = (jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype),
+           jnp.zeros(q.shape[:-1], jnp.float32))
   for span in _spans(num_queries, num_keys, chunk, options):
     carry = _scan(functools.partial(chunk_forward, span), carry, span)
   return carry
@@ -199,4 +200,4 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
   o = _attention(Options(window, scale, soft_cap, q_offset),
                  q.transpose(0, 2, 3, 1, 4), k_BSKH.transpose(0, 2, 1, 3),
                  v_BSKH.transpose(0, 2, 1, 3), sinks_N, segment_ids_BS)
-  return o.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+  return o.transpose(0, 3, 1, 2, 4).reshape(*q_BTNH.shape[:3], -1)

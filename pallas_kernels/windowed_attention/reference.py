@@ -38,7 +38,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, *, scale, sinks_N=None,
   p_BKGTS /= jnp.where(total == 0, 1, total)
   o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS.astype(v_BSKH.dtype),
                        v_BSKH, preferred_element_type=jnp.float32)
-  return o_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+  return o_BTKGH.reshape(*q_BTNH.shape[:3], -1).astype(q_BTNH.dtype)
 
 
 def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,

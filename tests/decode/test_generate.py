@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, MoEConfig,
-                          RopeConfig, RouterConfig)
+from jaxlm.config import (AttentionConfig, MLAConfig, MLPConfig, ModelConfig,
+                          MoEConfig, RopeConfig, RouterConfig)
 from jaxlm.decode import generate
 from jaxlm.model.transformer import (Execution, forward, init_params,
                                      logits)
@@ -26,6 +26,13 @@ CONFIG = ModelConfig(
 LEARNED = ModelConfig(
     vocab_size=61, d_model=20, num_layers=1,
     attention=AttentionConfig(2, 2, 9), mlp=MLPConfig(17), max_positions=19)
+LATENT = ModelConfig(
+    vocab_size=61, d_model=20, num_layers=2,
+    attention=MLAConfig(3, 11, 7, 4, 9, q_rank=8), mlp=MLPConfig(17),
+    num_dense_layers=1, moe=MoEConfig(
+        6, 3, MLPConfig(13), RouterConfig(
+            "sigmoid_topk", renormalize=True, balance_bias=True, num_groups=3,
+            groups_per_token=2, weight_scale=2.5), shared=MLPConfig(13)))
 PROMPTS = np.random.default_rng(3).integers(0, 61, (3, LENGTH))
 
 
@@ -61,7 +68,7 @@ def greedy_by_forward(config, prompt_T, count):
   return np.array(found)
 
 
-@pytest.mark.parametrize("config", [CONFIG, LEARNED])
+@pytest.mark.parametrize("config", [CONFIG, LEARNED, LATENT])
 def test_greedy_is_the_argmax_of_the_forward_pass(config):
   new_BT = generate(config, params_of(config), PROMPTS, max_new_tokens=NEW)
   assert new_BT.shape == (3, NEW) and new_BT.dtype == jnp.int32
@@ -70,16 +77,17 @@ def test_greedy_is_the_argmax_of_the_forward_pass(config):
   assert len(np.unique(expected)) > 3  # not one token over and over
 
 
-def test_prompts_of_unequal_lengths_are_independent():
+@pytest.mark.parametrize("config", [CONFIG, LATENT])
+def test_prompts_of_unequal_lengths_are_independent(config):
   lengths = np.array([9, 4, 1])
   padded = PROMPTS.copy()
   for row, length in zip(padded, lengths):
     row[:LENGTH - length] = 60
-  together = generate(CONFIG, params_of(CONFIG), padded, lengths_B=lengths,
+  together = generate(config, params_of(config), padded, lengths_B=lengths,
                       max_new_tokens=NEW)
   for row, length, new in zip(PROMPTS, lengths, together):
     np.testing.assert_array_equal(
-        new, greedy_by_forward(CONFIG, row[LENGTH - length:], NEW))
+        new, greedy_by_forward(config, row[LENGTH - length:], NEW))
 
 
 def test_a_row_ends_at_eos_and_the_others_go_on():

@@ -13,7 +13,7 @@ TOLERANCE = 3e-5
 # ring while decoding.
 PROMPTS = np.array([131, 113])
 NEW_TOKENS = 20
-VARIANTS = ("qwen3_untied", "qwen3_moe_not_renormalized")
+VARIANTS = ("qwen3_untied", "qwen3_moe_not_renormalized", "deepseek_v3_plain")
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,16 @@ def norm(**fields):
       config.norm, **fields))(config)
 
 
+def latent_rope(scaling=None, **fields):
+  """Changes the rotary positions of latent attention."""
+  def change(config):
+    old = config.attention.rope
+    if scaling:
+      fields["scaling"] = dataclasses.replace(old.scaling, **scaling)
+    return attention(rope=dataclasses.replace(old, **fields))(config)
+  return change
+
+
 def swap_rope(config):
   old = config.attention
   return attention(rope_full=old.rope_sliding,
@@ -109,6 +119,20 @@ MISTAKES = {
         "window 18": attention(sliding_window=18),
         "rope swapped": swap_rope,
         "positions not scaled": rope(scaling=None),
+    },
+    "deepseek_v3": {
+        "halves rotated": latent_rope(interleaved=False),
+        "YaRN not truncated": latent_rope(dict(truncate=False)),
+        "cos and sin not scaled": latent_rope(dict(mscale=1.3)),
+        "no mscale at all": latent_rope(dict(mscale=0.0, mscale_all_dim=0.0)),
+        "norm eps of latents": attention(norm_eps=0.1),
+        "no groups": router(num_groups=1, groups_per_token=1),
+        "one group": router(num_groups=3, groups_per_token=1),
+        "not renormalised": router(renormalize=False),
+        "not scaled": router(weight_scale=1.0),
+        "softmax": router(kind="softmax_topk"),
+        "chosen without the bias": router(balance_bias=False),
+        "no shared expert": moe(shared=None),
     },
     "gpt2": {
         "exact GELU": lambda config: model(mlp=dataclasses.replace(

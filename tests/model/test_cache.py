@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, RopeConfig)
+from jaxlm.config import (AttentionConfig, MLAConfig, MLPConfig, ModelConfig,
+                          RopeConfig)
 from jaxlm.model import cache as cache_lib
 from jaxlm.model import transformer
 
@@ -18,6 +19,8 @@ ROPED = ModelConfig(
     mlp=MLPConfig(22), layer_pattern=("sliding", "full"))
 LEARNED = ModelConfig(61, 14, 2, AttentionConfig(3, 1, 4), mlp=MLPConfig(22),
                       max_positions=19)
+LATENT = ModelConfig(61, 14, 2, MLAConfig(3, 11, 7, 4, 9, q_rank=8),
+                     mlp=MLPConfig(22))
 
 
 def written(slots, *steps):
@@ -67,6 +70,13 @@ def test_sliding_layers_hold_a_window_and_full_layers_everything():
   assert cache_lib.cache_slots(ROPED, "sliding", 3) == 3
 
 
+def test_latent_layers_hold_a_latent_and_a_key_for_all_heads():
+  cache = cache_lib.empty_cache(LATENT, 2, 12, jnp.bfloat16)[1]
+  assert isinstance(cache, cache_lib.LatentCache)
+  assert [x.shape for x in cache] == [(2, 12, 11), (2, 12, 4), (2, 12)]
+  assert cache.latent_BSR.dtype == cache.rope_key_BSH.dtype == jnp.bfloat16
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def step(config, params, caches, tokens, positions):
   return transformer.forward_with_cache(config, params, caches, tokens,
@@ -79,7 +89,7 @@ def whole(config, params, tokens):
 
 
 @pytest.mark.parametrize("config, prompt", [(ROPED, 2), (ROPED, 9),
-                                            (LEARNED, 9)])
+                                            (LEARNED, 9), (LATENT, 9)])
 def test_decoding_sees_what_the_whole_sequence_sees(config, prompt):
   """Two rows, the first of them three tokens shorter and padded at the left."""
   length, pad = 19, 3

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, MoEConfig,
-                          NormConfig, RopeConfig, RouterConfig)
+import jaxlm
+from jaxlm.config import (AttentionConfig, MLAConfig, MLPConfig, ModelConfig,
+                          MoEConfig, NormConfig, RopeConfig, RouterConfig)
 from jaxlm.model import costs
 from jaxlm.model.cache import empty_cache
 from jaxlm.model.transformer import (Execution, abstract_params, forward,
@@ -70,20 +71,35 @@ def mlps(gated):
 
 
 @st.composite
-def configs(draw):
-  attention = AttentionConfig(
+def grouped_attentions(draw):
+  return AttentionConfig(
       *draw(st.sampled_from([(6, 2), (3, 3), (5, 1)])),
       head_dim=draw(st.sampled_from([4, 7])), sliding_window=5,
       biases=tuple(draw(st.sets(st.sampled_from("qkvo")))),
       qk_norm=draw(st.booleans()), sinks=draw(st.booleans()))
+
+
+@st.composite
+def latent_attentions(draw):
+  kv_rank, nope, rope, value = (draw(st.sampled_from(sizes)) for sizes in (
+      (3, 8), (5, 7), (2, 6), (4, 9)))
+  return MLAConfig(draw(st.integers(1, 4)), kv_rank, nope, rope, value,
+                   draw(st.sampled_from([None, 10])))
+
+
+@st.composite
+def configs(draw):
+  attention = draw(grouped_attentions() | latent_attentions())
   num_layers = draw(st.integers(1, 5))
   mlp, moe, num_dense = draw(st.booleans().flatmap(mlps)), None, 0
   if draw(st.booleans()):
-    kind = draw(st.sampled_from(["softmax_topk", "topk_softmax", "noisy_topk",
+    kind = draw(st.sampled_from(["softmax_topk", "sigmoid_topk",
+                                 "topk_softmax", "noisy_topk",
                                  "expert_choice"]))
     router = RouterConfig(
         kind, bias=draw(st.booleans()),
-        balance_bias=kind.endswith("max_topk") and draw(st.booleans()))
+        balance_bias=kind in ("softmax_topk", "sigmoid_topk")
+        and draw(st.booleans()))
     num_experts = draw(st.integers(1, 7))
     gated = st.booleans().flatmap(mlps)
     moe = MoEConfig(num_experts, draw(st.integers(1, num_experts)),
@@ -92,8 +108,9 @@ def configs(draw):
     mlp = mlp if num_dense else None
   norm = NormConfig(draw(st.sampled_from(["rmsnorm", "layernorm"])),
                     placement=draw(st.sampled_from(["pre", "pre_and_post"])))
-  pattern = draw(st.sampled_from(
-      [("full",), ("sliding", "full"), ("sliding", "sliding", "full")]))
+  pattern = ("full",) if isinstance(attention, MLAConfig) else draw(
+      st.sampled_from([("full",), ("sliding", "full"),
+                       ("sliding", "sliding", "full")]))
   return ModelConfig(
       draw(st.integers(1, 41)), draw(st.integers(1, 19)), num_layers,
       attention, mlp, moe, num_dense, pattern, norm,
@@ -196,6 +213,14 @@ MODELS = {
     "shared, dense first": model(
         moe=MoEConfig(9, 3, MLPConfig(13), shared=MLPConfig(17)),
         num_dense_layers=2),
+    "latent": model(
+        attention=MLAConfig(6, 11, 5, 8, 7, q_rank=15), num_dense_layers=2,
+        layer_pattern=("full",), moe=MoEConfig(
+            9, 3, MLPConfig(13), RouterConfig(
+                "sigmoid_topk", renormalize=True, balance_bias=True,
+                num_groups=3, groups_per_token=2), MLPConfig(17))),
+    "latent, direct queries": model(attention=MLAConfig(6, 11, 5, 8, 7),
+                                    layer_pattern=("full",)),
     "noisy": model(mlp=None, moe=MoEConfig(9, 3, MLPConfig(13),
                                            RouterConfig("noisy_topk"))),
 }
@@ -206,7 +231,8 @@ def executed(config, seq_len, backward):
   """The FLOPs a token of what runs: the reference makes all T x S scores."""
   flops = costs.flops_per_token(config, seq_len, backward)
   attention = config.attention
-  scores = (4 * attention.num_heads * attention.head_dim * seq_len
+  scores = (2 * attention.num_heads * seq_len
+            * (attention.head_dim + attention.v_head_dim)
             * config.num_layers * (3 if backward else 1))
   return dataclasses.replace(flops, attention_scores=scores)
 
@@ -225,16 +251,19 @@ def test_flops_are_those_of_the_training_steps_matmuls(name):
   assert dot_flops(jaxpr.jaxpr) == expected.total * batch * seq_len
 
 
-@pytest.mark.parametrize("moe", [False, True])
-def test_forward_flops_are_xlas(moe):
+@pytest.mark.parametrize("name", ["dense", "experts", "latent"])
+def test_forward_flops_are_xlas(name):
   """XLA counts a loop's body once, so layers are unrolled; with one expert
   its ragged matmuls, which run every expert on every row, do no more."""
   config = model(d_model=272, vocab_size=1031, num_layers=2,
                  attention=AttentionConfig(6, 2, 46), mlp=MLPConfig(701),
                  layer_pattern=("full",))
-  if moe:
+  if name == "experts":
     config = dataclasses.replace(
         config, mlp=None, moe=MoEConfig(1, 1, config.mlp))
+  if name == "latent":
+    config = dataclasses.replace(
+        config, attention=MLAConfig(6, 67, 39, 26, 53, q_rank=89))
   seq_len = 37
   execution = dataclasses.replace(EXECUTION, scan_layers=False)
 
@@ -258,12 +287,24 @@ def test_training_costs_three_forward_passes_in_every_part():
           3 * getattr(forward_only, field.name))
 
 
+def test_latents_are_one_57th_of_the_cache_that_heads_would_need():
+  # Of DeepSeek-V3: 512 + 64 values for 128 heads of 128 + 128.
+  config = jaxlm.preset("deepseek-v3")
+  assert costs.kv_bytes_per_token(config, 1000) == 61 * 576 * 2
+  heads = dataclasses.replace(config, attention=AttentionConfig(128, 128, 128))
+  assert (costs.cache_bytes(heads, 10) / costs.cache_bytes(config, 10)
+          == pytest.approx(56.9, abs=0.05))
+
+
 def test_windows_halve_the_cache_of_gpt_oss():
-  config, length = gpt_oss(24, 32), 131072
+  config, length = jaxlm.preset("gpt-oss-20b"), 131072
   everywhere = dataclasses.replace(config, layer_pattern=("full",))
   # 2 (k and v) x 8 heads x 64 x 2 bytes = 2048 a token and layer.
   assert costs.cache_bytes(everywhere, length) == 24 * 131072 * 2048
   assert costs.cache_bytes(config, length) == 12 * (131072 + 128) * 2048
+  windows = 12 * 128 * 2048
+  assert costs.cache_bytes(config, length) - windows == (
+      costs.cache_bytes(everywhere, length) / 2)
   assert costs.kv_bytes_per_token(config, length) == 12 * 2048 * 1025 / 1024
   assert costs.kv_bytes_per_token(config, 100) == 24 * 2048
 
@@ -273,7 +314,7 @@ def test_windows_halve_the_cache_of_gpt_oss():
 def test_cache_is_as_large_as_counted(config, length, dtype):
   cache = jax.eval_shape(lambda: empty_cache(config, 1, length, dtype))
   size = sum(x.size * x.dtype.itemsize
-             for layer in cache for x in (layer.k_BSKH, layer.v_BSKH))
+             for layer in cache for x in layer if x is not layer.positions_BS)
   assert size == costs.cache_bytes(config, length, jnp.dtype(dtype).itemsize)
 
 

@@ -34,6 +34,8 @@ CASES = {
     "balanced": moe("topk_softmax", balance_bias=True, shared=SHARED),
     "noisy": moe("noisy_topk", shared=SHARED),
     "expert choice": moe("expert_choice", shared=SHARED),
+    "deepseek": moe("sigmoid_topk", renormalize=True, balance_bias=True,
+                    weight_scale=2.5, shared=SHARED),
     "all experts": moe("topk_softmax", per_token=EXPERTS),
 }
 NOISE = jax.random.key(11)
@@ -66,6 +68,8 @@ def gates(config, params, x_TD):
     noise = jax.random.normal(NOISE, logits.shape)
     logits += noise * jnp.logaddexp(x_TD @ params["router_noise"], 0)
   probs = jnp.exp(logits) / jnp.sum(jnp.exp(logits), 1, keepdims=True)
+  if router.kind == "sigmoid_topk":
+    probs = 1 / (1 + jnp.exp(-logits))
   if router.kind == "expert_choice":
     capacity = -(-len(x_TD) * config.experts_per_token // EXPERTS)
     return jnp.where(best(probs.T, capacity).T, probs, 0)
@@ -74,7 +78,7 @@ def gates(config, params, x_TD):
   kept = jnp.where(chosen, probs, 0)
   if router.kind == "softmax_topk" and not router.renormalize:
     return kept
-  return kept / jnp.sum(kept, 1, keepdims=True)
+  return router.weight_scale * kept / jnp.sum(kept, 1, keepdims=True)
 
 
 def network(config, params, x):

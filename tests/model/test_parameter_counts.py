@@ -32,6 +32,8 @@ TOTAL = {
     "gemma3-12b": 11_766_034_176,
     "gemma3-27b": 27_009_346_304,
     "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v3": 671_026_419_200,
+    "deepseek-r1": 671_026_419_200,
     "gpt-oss-20b": 20_914_757_184,
     "gpt-oss-120b": 116_829_156_672,
 }
@@ -43,6 +45,9 @@ ACTIVE = {
     "qwen3-235b-a22b": 22_190_763_520,
     "qwen3-235b-a22b-2507": 22_190_763_520,
     "mixtral-8x7b": 12_879_925_248,
+    # Published as 37B.
+    "deepseek-v3": 37_552_297_472,
+    "deepseek-r1": 37_552_297_472,
 }
 
 # The same, less the embedding, which is a look-up: gpt-oss's model card.
@@ -60,7 +65,8 @@ def expert_parameters(params) -> int:
   """Those of all routed experts."""
   return sum(
       size({name: leaf for name, leaf in layer["moe"].items()
-            if name not in ("router", "router_bias", "shared")})
+            if name not in ("router", "router_bias", "balance_bias",
+                            "shared")})
       for name, stack in params.items() if name.startswith("stack_")
       for layer in stack.values() if "moe" in layer)
 

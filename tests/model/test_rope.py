@@ -49,6 +49,10 @@ SCALINGS = {
                        dict(factor=40.0, beta_fast=32.0, beta_slow=1.0,
                             truncate=True,
                             original_max_position_embeddings=4096)),
+    "yarn with mscale": (
+        YarnScaling(40.0, 2048, 32.0, 1.0, True, 0.7, 1.3),
+        dict(factor=40.0, mscale=0.7, mscale_all_dim=1.3,
+             original_max_position_embeddings=2048)),
 }
 
 
@@ -69,6 +73,27 @@ def test_frequencies_equal_those_of_transformers(name, head_dim, theta):
   ours, factor = frequencies(RopeConfig(theta, scaling), head_dim)
   np.testing.assert_allclose(ours, expected.numpy(), rtol=2e-6)
   assert factor == pytest.approx(expected_factor, abs=1e-12)
+
+
+def test_interleaved_pairs_turn_as_complex_numbers():
+  head_dim, positions = 10, jnp.arange(3, 8)[None]
+  config = RopeConfig(100.0, interleaved=True)
+  q, k = np.random.default_rng(0).normal(size=(2, 1, 5, 1, head_dim))
+  table = rope_table(config, head_dim, positions)
+  found = np.einsum("BTNH,BSNH->TS", *(rotate(jnp.asarray(x), table, True)
+                                       for x in (q, k)))
+  angles = positions[0, :, None] * frequencies(config, head_dim)[0]
+  q, k = ((x[0, :, 0, ::2] + 1j * x[0, :, 0, 1::2]) * np.exp(1j * angles)
+          for x in (q, k))
+  np.testing.assert_allclose(found, np.real(q @ np.conj(k).T), atol=1e-5)
+
+
+def test_mscale_of_deepseek():
+  attention = jaxlm.preset("deepseek-v3").attention
+  _, factor = frequencies(attention.rope, attention.rope_head_dim)
+  assert factor == 1
+  scale = attention.query_scale * 192 ** 0.5
+  assert scale == pytest.approx((0.1 * np.log(40) + 1) ** 2)
 
 
 def test_rotation_turns_halves_and_depends_on_distance_alone():

@@ -60,6 +60,51 @@ def test_switch_keeps_the_probability_of_its_one_expert():
   close(gates_of(moe("topk_softmax", 1)), [[1, 0, 0, 0], [0, 0, 0, 1]])
 
 
+def test_sigmoids_then_top_k():
+  # Odds 4, 2, 1, 1 and 1, 1, 2, 6.
+  close(gates_of(moe("sigmoid_topk")), [[.8, 2 / 3, 0, 0],
+                                        [0, 0, 2 / 3, 6 / 7]])
+  # .8 : 2/3 is 6 : 5; 2/3 : 6/7 is 7 : 9.
+  close(gates_of(moe("sigmoid_topk", renormalize=True, weight_scale=2.5)),
+        2.5 * np.array([[6 / 11, 5 / 11, 0, 0], [0, 0, 7 / 16, 9 / 16]]))
+
+
+def test_groups_limit_the_choice_by_hand():
+  # Scores of six experts in groups of two; the bias makes 1/2 of expert 1
+  # 9/10 and 1/5 of expert 2 0.
+  odds = np.array([[1.5, 1, .25, 4, 3, 7 / 3]], np.float32)
+  bias = jnp.array([0, .4, -.2, 0, 0, 0])
+  config = moe("sigmoid_topk", 2, 6, renormalize=True, balance_bias=True,
+               num_groups=3, groups_per_token=1, weight_scale=2.)
+  # Groups: .6 + .9 = 1.5; 0 + .8; .75 + .7 = 1.45. The best single unbiased
+  # expert, 3, is in neither of the best; the weights are .6 : .5, unbiased.
+  close(gates_of(config, np.log(odds), balance_bias_E=bias),
+        [[2 * 6 / 11, 2 * 5 / 11, 0, 0, 0, 0]])
+  # Without the bias: 1.1, 1 and 1.45.
+  close(gates_of(config, np.log(odds)),
+        [[0, 0, 0, 0, 2 * .75 / 1.45, 2 * .7 / 1.45]])
+  # Two groups: of .6, .9, .75 and .7 the biased choice is 1 and 4.
+  two = dataclasses.replace(config, router=dataclasses.replace(
+      config.router, groups_per_token=2))
+  close(gates_of(two, np.log(odds), balance_bias_E=bias),
+        [[0, 2 * .5 / 1.25, 0, 0, 2 * .75 / 1.25, 0]])
+
+
+def test_switch_loss_of_sigmoids_takes_their_shares():
+  # Sigmoids .8 2/3 .5 .5 and .5 .5 2/3 6/7, of which the first and last win.
+  config = moe("sigmoid_topk", 1, renormalize=True)
+  _, output = routing.route(config, jnp.array(LOGITS))
+  first = .8 / (.8 + 2 / 3 + 1) + .5 / (1 + 2 / 3 + 6 / 7)
+  last = .5 / (.8 + 2 / 3 + 1) + (6 / 7) / (1 + 2 / 3 + 6 / 7)
+  close(output.losses["switch"], 4 * (first / 2 + last / 2) / 2)
+
+
+def test_hopeless_sigmoids_make_no_nan():
+  found = gates_of(moe("sigmoid_topk", renormalize=True),
+                   np.full((1, 4), -200, np.float32))
+  close(found, np.zeros((1, 4)))
+
+
 def test_choices_are_best_first():
   expert_TA, weight_TA = routing.choose(moe("softmax_topk"), LOGITS)
   assert expert_TA.tolist() == [[0, 1], [3, 2]]
@@ -202,6 +247,7 @@ def test_load_has_finite_gradients_as_the_noise_dies(scale):
 
 
 @pytest.mark.parametrize("kind, renormalize, expected", [
+    ("sigmoid_topk", False, [2 / 3, .5]),
     ("softmax_topk", False, [.25, .125]),
     ("softmax_topk", True, [2 / 3, 1 / 3]),
     ("topk_softmax", False, [2 / 3, 1 / 3]),
@@ -322,3 +368,29 @@ def test_routers_and_loss_of_transformers():
     _, output = routing.route(dataclasses.replace(
         config, router=RouterConfig("topk_softmax")), jnp.array(ours))
     close(per_token * output.losses["switch"], theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_router_of_deepseek(renormalize):
+  torch = pytest.importorskip("torch", reason="the peer runs on torch")
+  from transformers import DeepseekV3Config
+  from transformers.models.deepseek_v3 import modeling_deepseek_v3
+  tokens, experts, d_model = 101, 15, 7
+  random = np.random.default_rng(0)
+  x, w, bias = (random.normal(size=s).astype(np.float32) for s in (
+      (tokens, d_model), (experts, d_model), experts))
+  peer = modeling_deepseek_v3.DeepseekV3TopkRouter(DeepseekV3Config(
+      hidden_size=d_model, n_routed_experts=experts, num_experts_per_tok=4,
+      n_group=5, topk_group=3, norm_topk_prob=renormalize,
+      routed_scaling_factor=1.7))
+  peer.weight.data = torch.tensor(w)
+  peer.e_score_correction_bias = torch.tensor(0.3 * bias)
+  with torch.no_grad():
+    _, weights, chosen = peer(torch.tensor(x))
+  expected = np.zeros((tokens, experts), np.float32)
+  np.put_along_axis(expected, chosen.numpy(), weights.numpy(), 1)
+  config = moe("sigmoid_topk", 4, experts, renormalize=renormalize,
+               balance_bias=True, num_groups=5, groups_per_token=3,
+               weight_scale=1.7)
+  close(gates_of(config, x @ w.T, balance_bias_E=jnp.array(0.3 * bias)),
+        expected, rtol=1e-5)

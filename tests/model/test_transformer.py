@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, MoEConfig,
-                          NormConfig, RopeConfig, RouterConfig, YarnScaling)
+from jaxlm.config import (AttentionConfig, MLAConfig, MLPConfig, ModelConfig,
+                          MoEConfig, NormConfig, RopeConfig, RouterConfig,
+                          YarnScaling)
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Execution
 
@@ -35,10 +36,17 @@ GPT_2 = ModelConfig(
     61, 14, 2, AttentionConfig(7, 7, 2, biases=("q", "k", "v", "o")),
     mlp=MLPConfig(24, "gelu_tanh", gated=False, bias=True),
     norm=NormConfig("layernorm"), max_positions=31, tie_embeddings=True)
+DEEPSEEK = ModelConfig(
+    61, 14, 3, MLAConfig(6, 11, 7, 4, 9, q_rank=8, rope=RopeConfig(
+        scaling=YarnScaling(40.0, mscale_all_dim=1.0), interleaved=True)),
+    mlp=MLPConfig(22), num_dense_layers=1, moe=MoEConfig(
+        6, 3, MLPConfig(12), RouterConfig(
+            "sigmoid_topk", renormalize=True, balance_bias=True, num_groups=3,
+            groups_per_token=2, weight_scale=2.5), shared=MLPConfig(12)))
 # Quick to compile; that implementations agree is tested where they are.
 PLAIN = Execution(experts="ragged")
 MODELS = {"gpt-oss": GPT_OSS, "dense, then experts": DENSE_THEN_MOE,
-          "gemma": GEMMA, "gpt-2": GPT_2}
+          "gemma": GEMMA, "gpt-2": GPT_2, "deepseek": DEEPSEEK}
 
 
 @functools.cache

@@ -31,6 +31,9 @@ CASES = {
     "offset full": ((1, 131, 311, 1, 2, 3),
                     dict(q_offset=180, segments=True, sinks=True)),
     "window past a chunk": ((1, 700, 700, 1, 1, 3), dict(window=300)),
+    "narrow values": ((2, 271, 271, 3, 2, 7), dict(v_head_dim=5, sinks=True)),
+    "wide values": ((1, 269, 269, 2, 1, 4),
+                    dict(v_head_dim=9, window=37, segments=True)),
 }
 
 
@@ -41,8 +44,9 @@ def inputs(sizes, options, dtype=jnp.float32):
   def normal(*shape):
     return random.normal(size=shape).astype(jnp.bfloat16).astype(dtype)
   heads = kv_heads * group
-  q, do = (normal(batch, t, heads, head_dim) for _ in range(2))
-  k, v = (normal(batch, s, kv_heads, head_dim) for _ in range(2))
+  v_head_dim = options.get("v_head_dim", head_dim)
+  q, do = (normal(batch, t, heads, dim) for dim in (head_dim, v_head_dim))
+  k, v = (normal(batch, s, kv_heads, dim) for dim in (head_dim, v_head_dim))
   sinks = normal(heads) if options.get("sinks") else None
   segments = None
   if options.get("segments"):
@@ -57,7 +61,7 @@ def results(implementation, options, q, k, v, sinks, segments, do):
   """The output and the gradients, by name."""
   options = dict(options)
   window = options.pop("window", None)
-  for given_as_arrays in ("sinks", "segments"):
+  for given_as_arrays in ("sinks", "segments", "v_head_dim"):
     options.pop(given_as_arrays, None)
   def function(q, k, v, sinks):
     return windowed_attention(
@@ -112,7 +116,7 @@ def by_the_definition(q, k, v, window, scale, sinks, soft_cap, segments):
 @pytest.mark.parametrize("implementation", ["chunked", "reference"])
 def test_the_definition(implementation):
   (q, k, v, sinks, segments), _ = inputs(
-      (1, 83, 83, 1, 2, 5), dict(sinks=True, segments=True))
+      (1, 83, 83, 1, 2, 5), dict(sinks=True, segments=True, v_head_dim=3))
   found = windowed_attention(
       q, k, v, window=11, scale=0.7, sinks_N=sinks, soft_cap=2.0,
       segment_ids_BS=segments, implementation=implementation)
@@ -215,6 +219,8 @@ Q, K = np.ones((1, 5, 6, 4), np.float32), np.ones((1, 7, 2, 4), np.float32)
 @pytest.mark.parametrize("change, message", [
     (dict(q_BTNH=Q[0]), r"q \(5, 6, 4\).*expected \[B, T, N, H\]"),
     (dict(v_BSKH=K[:, 1:]), r"v \(1, 6, 2, 4\)"),
+    (dict(v_BSKH=K[..., 0]), r"v \(1, 7, 2\): expected"),
+    (dict(v_BSKH=K[..., :0]), r"v \(1, 7, 2, 0\): nothing to attend"),
     (dict(q_BTNH=Q[..., :3]), "differ in batch or head_dim"),
     (dict(q_BTNH=Q[:, :, :5]), "5 query heads are not a multiple of 2 key"),
     (dict(window=0), "window=0: .* use None"),

@@ -1,4 +1,6 @@
 """Schedules, the decay mask, clipping and Muon's orthogonalisation."""
+import dataclasses
+
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -7,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, MoEConfig,
-                          NormConfig, RouterConfig)
+from jaxlm.config import (AttentionConfig, MLAConfig, MLPConfig, ModelConfig,
+                          MoEConfig, NormConfig, RouterConfig)
 from jaxlm.model.transformer import abstract_params
 from jaxlm.train.checkpoint import named_leaves
 from jaxlm.train.optimizer import (OptimizerConfig, clip, decay_mask,
@@ -55,12 +57,19 @@ def test_only_matrices_decay():
                      "gate_up", "router", "unembedding"}
 
 
-def test_muon_takes_the_matrices_of_layers_alone():
-  labels = named_leaves(muon_labels(abstract_params(ALL_LEAVES)))
+@pytest.mark.parametrize("attention, projections", [
+    (ALL_LEAVES.attention, {"q_proj", "k_proj", "v_proj"}),
+    (MLAConfig(4, 11, 7, 2, 9, q_rank=10),
+     {"q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj"}),
+    (MLAConfig(4, 11, 7, 2, 9), {"q_proj", "kv_a_proj", "kv_b_proj"}),
+])
+def test_muon_takes_the_matrices_of_layers_alone(attention, projections):
+  params = abstract_params(dataclasses.replace(ALL_LEAVES,
+                                               attention=attention))
+  labels = named_leaves(muon_labels(params))
   taken = {name.split("/")[-1] for name, label in labels.items()
            if label == "muon"}
-  assert taken == {"q_proj", "k_proj", "v_proj", "o_proj", "up", "down",
-                   "gate_up"}
+  assert taken == projections | {"o_proj", "up", "down", "gate_up"}
 
 
 @pytest.mark.parametrize("max_norm", [0.3, 1e9])

@@ -1,0 +1,136 @@
+"""Multi-head latent attention over a sequence, or over a cache of latents.
+
+arXiv 2412.19437, section 2.1.1. The keys and values of all heads are linear in
+one latent a token. A sequence is attended in heads expanded from it; decoding
+moves that expansion to the query and to the output instead ("absorbs" it), so
+that the heads read the latents themselves.
+"""
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import MLAConfig, NormConfig
+from jaxlm.model import cache as cache_lib
+from jaxlm.model.layers import Norm, fan_in, weight
+from jaxlm.model.rope import rotate
+from pallas_kernels.windowed_attention import windowed_attention
+from pallas_kernels.windowed_attention.reference import visible
+
+
+def expanded_attention(q_nope_BTNH, q_rope_BTNH, latent_BSR, rope_key_BSH,
+                       k_proj_RNH, v_proj_RNH, *, scale, segment_ids_BS=None,
+                       implementation="auto"):
+  """Causal attention of a sequence; [B, T, N, v_head_dim]."""
+  k_nope_BSNH = jnp.einsum("BSR,RNH->BSNH", latent_BSR, k_proj_RNH)
+  v_BSNH = jnp.einsum("BSR,RNH->BSNH", latent_BSR, v_proj_RNH)
+  k_rope_BSNH = jnp.broadcast_to(
+      rope_key_BSH[:, :, None], (*k_nope_BSNH.shape[:3],
+                                 rope_key_BSH.shape[-1]))
+  return windowed_attention(
+      jnp.concatenate([q_nope_BTNH, q_rope_BTNH], -1),
+      jnp.concatenate([k_nope_BSNH, k_rope_BSNH], -1), v_BSNH, window=None,
+      scale=scale, segment_ids_BS=segment_ids_BS,
+      implementation=implementation)
+
+
+def absorbed_attention(q_nope_BTNH, q_rope_BTNH, latent_BSR, rope_key_BSH,
+                       k_proj_RNH, v_proj_RNH, q_positions_BT, k_positions_BS,
+                       *, scale):
+  """The same of a few queries over latents that stand in any order.
+
+  Position -1 marks an empty slot; every query must see some key.
+  """
+  dtype = q_nope_BTNH.dtype
+  q_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, k_proj_RNH)
+  s_BTNS = scale * (
+      jnp.einsum("BTNR,BSR->BTNS", q_BTNR, latent_BSR,
+                 preferred_element_type=jnp.float32)
+      + jnp.einsum("BTNH,BSH->BTNS", q_rope_BTNH, rope_key_BSH,
+                   preferred_element_type=jnp.float32))
+  seen_BTS = visible(q_positions_BT, k_positions_BS, None)
+  seen_BTS &= (k_positions_BS >= 0)[:, None]
+  p_BTNS = jax.nn.softmax(jnp.where(seen_BTS[:, :, None], s_BTNS, -jnp.inf))
+  o_BTNR = jnp.einsum("BTNS,BSR->BTNR", p_BTNS.astype(dtype), latent_BSR)
+  return jnp.einsum("BTNR,RNH->BTNH", o_BTNR, v_proj_RNH)
+
+
+class MLA(nn.Module):
+  config: MLAConfig
+  residual_scale: float
+  implementation: str
+
+  @nn.compact
+  def __call__(self, x_BTD, context, cache=None):
+    """[B, T, D] to [B, T, D] and the cache, grown by these tokens if given.
+
+    With a cache, T > 1 tokens are a prompt that begins an empty cache; a
+    single token attends over what the cache holds.
+    """
+    config, dtype = self.config, x_BTD.dtype
+    table = context.rope["full"]
+    q_nope, q_rope = jnp.split(self._queries(x_BTD), [config.nope_head_dim],
+                               -1)
+    q_rope = rotate(q_rope, table, config.rope.interleaved)
+    latent_BTR, rope_key_BTH = self._latents(x_BTD, table)
+    kv_b_RNH = weight(
+        self, "kv_b_proj", (config.kv_rank, config.num_heads,
+                            config.nope_head_dim + config.v_head_dim),
+        ("latent", "heads", "head_dim"), fan_in(axis=-3))
+    k_proj, v_proj = jnp.split(kv_b_RNH.astype(dtype), [config.nope_head_dim],
+                               -1)
+    if cache is not None:
+      cache = cache_lib.write(cache, latent_BTR, rope_key_BTH,
+                              context.positions_BT)
+    if cache is not None and x_BTD.shape[1] == 1:
+      o_BTNH = absorbed_attention(
+          q_nope, q_rope, cache.latent_BSR.astype(dtype),
+          cache.rope_key_BSH.astype(dtype), k_proj, v_proj,
+          context.positions_BT, cache.positions_BS, scale=config.query_scale)
+    else:
+      o_BTNH = expanded_attention(
+          q_nope, q_rope, latent_BTR, rope_key_BTH, k_proj, v_proj,
+          scale=config.query_scale, segment_ids_BS=context.segment_ids_BT,
+          implementation=self.implementation)
+    return self._project_out(o_BTNH, x_BTD.shape[-1]), cache
+
+  def _norm(self, name):
+    return Norm(NormConfig(eps=self.config.norm_eps), name=name)
+
+  def _queries(self, x_BTD):
+    config, d_model = self.config, x_BTD.shape[-1]
+    heads = (config.num_heads, config.head_dim)
+    axes = ("heads", "head_dim")
+    if config.q_rank is None:
+      w_RNH = weight(self, "q_proj", (d_model, *heads), ("embed", *axes),
+                     fan_in(axis=-3))
+      q_BTR = x_BTD
+    else:
+      w_DR = weight(self, "q_a_proj", (d_model, config.q_rank),
+                    ("embed", "latent"), fan_in())
+      q_BTR = self._norm("q_a_norm")(x_BTD @ w_DR.astype(x_BTD.dtype))
+      w_RNH = weight(self, "q_b_proj", (config.q_rank, *heads),
+                     ("latent", *axes), fan_in(axis=-3))
+    return jnp.einsum("BTR,RNH->BTNH", q_BTR, w_RNH.astype(x_BTD.dtype))
+
+  def _latents(self, x_BTD, table):
+    """The latent, normalised, and the heads' common rotary key."""
+    config = self.config
+    w_DR = weight(self, "kv_a_proj", (x_BTD.shape[-1],
+                                      config.kv_rank + config.rope_head_dim),
+                  ("embed", "latent"), fan_in())
+    latent_BTR, rope_key_BTH = jnp.split(x_BTD @ w_DR.astype(x_BTD.dtype),
+                                         [config.kv_rank], -1)
+    rope_key_BTH = rotate(rope_key_BTH[:, :, None], table,
+                          config.rope.interleaved)[:, :, 0]
+    return self._norm("kv_a_norm")(latent_BTR), rope_key_BTH
+
+  def _project_out(self, o_BTNH, d_model):
+    w_NHD = weight(
+        self, "o_proj", (self.config.num_heads, self.config.v_head_dim,
+                         d_model),
+        ("heads", "head_dim", "embed"),
+        fan_in(self.residual_scale, axis=(-3, -2)))
+    # Of two contracted axes XLA may change the order, and to that end copies
+    # the whole weight at every step of decoding; of one it cannot.
+    w_ID = w_NHD.astype(o_BTNH.dtype).reshape(-1, d_model)
+    return o_BTNH.reshape(*o_BTNH.shape[:2], -1) @ w_ID
