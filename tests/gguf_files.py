@@ -16,7 +16,7 @@ ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen2": "qwen2",
                  "gemma3_text": "gemma3", "gpt_oss": "gpt-oss"}
 
 
-def reference_model(case: str, **changes):
+def small_model(case: str, **changes):
   """transformers' model of a case with random weights.
 
   `changes` are of its config; Gemma 3's query scale becomes the usual one,

@@ -3,14 +3,15 @@ import dataclasses
 import functools
 
 import gguf
+import jax
 import numpy as np
 import pytest
 import torch
 
-from gguf_files import reference_model, write_model
+from gguf_files import small_model, write_model
 from jaxlm.convert import gguf as gguf_format
 from jaxlm.convert.gguf_file import read_file
-from jaxlm.lm import load
+from jaxlm.lm import load, save
 from jaxlm.model.transformer import Execution
 from jaxlm.quant import MXFP4
 from reference_models import (CASES, our_logits, quick_jit,
@@ -34,7 +35,7 @@ def assert_same_logits(lm, model):
     "llama", "qwen2", "qwen3_tied", "qwen3_untied", "qwen3_moe", "mixtral",
     "gemma3", "gpt_oss"])
 def test_logits_are_those_of_transformers(case, tmp_path):
-  model = reference_model(case)
+  model = small_model(case)
   path = tmp_path / "model.gguf"
   write_model(path, model)
   lm = load(path, "float32")
@@ -48,7 +49,7 @@ def test_logits_are_those_of_transformers(case, tmp_path):
 
 def of_32(**changes):
   """gpt-oss in sizes that are multiples of a block."""
-  return reference_model("gpt_oss", hidden_size=64, intermediate_size=96,
+  return small_model("gpt_oss", hidden_size=64, intermediate_size=96,
                          num_hidden_layers=2,
                          layer_types=["sliding_attention", "full_attention"],
                          **changes)
@@ -73,6 +74,10 @@ def test_experts_in_mxfp4_keep_the_published_bytes(tmp_path):
       np.testing.assert_array_equal(moe[ours].blocks, leaf.blocks)
       np.testing.assert_array_equal(moe[ours].scales, leaf.scales)
   assert_same_logits(lm, model)
+  for format in ("native", "hf"):
+    save(lm, tmp_path / format, format)
+    again = load(tmp_path / format, None)
+    jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
 
 
 @torch.no_grad()
@@ -98,7 +103,7 @@ def test_mxfp4_where_not_all_of_a_leaf_is_dequantizes(tmp_path):
 def test_a_model_is_described_by_what_hugging_face_published(tmp_path):
   """Float32 metadata become the numbers that were meant."""
   path = tmp_path / "model.gguf"
-  write_model(path, reference_model("llama"))
+  write_model(path, small_model("llama"))
   values = gguf_format.hf_config(read_file(path))
   assert values["rms_norm_eps"] == 1e-5 and values["rope_theta"] == 500000.0
   assert values["rope_scaling"] == dict(
@@ -109,7 +114,7 @@ def test_a_model_is_described_by_what_hugging_face_published(tmp_path):
 def damaged(tmp_path, case="llama", drop=(), rename=None, **more):
   """The error of a model with something wrong."""
   path = tmp_path / "model.gguf"
-  model = reference_model(case, num_hidden_layers=1)
+  model = small_model(case, num_hidden_layers=1)
   def metadata(writer):
     for name, value in more.items():
       writer.kv_data[0].pop(f"{case}.{name.replace('__', '.')}", None)

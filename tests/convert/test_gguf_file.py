@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
-from gguf_files import finish, reference_model, write_model
+from gguf_files import finish, small_model, write_model
 from jaxlm.convert import gguf as gguf_format, gguf_file
 from jaxlm.convert.gguf_file import read_file
 from jaxlm.quant import MXFP4
@@ -213,7 +213,7 @@ def test_damaged_files_give_clean_errors_only(case, tmp_path, monkeypatch):
   if case == "gpt_oss":
     changes |= dict(hidden_size=64, intermediate_size=32,
                     layer_types=["sliding_attention"])
-  write_model(path, reference_model(case, **changes),
+  write_model(path, small_model(case, **changes),
               lambda name, array: (Kind.MXFP4 if "exps.weight" in name
                                    else None), add_tokenizer)
   content, refused, read = path.read_bytes(), 0, 0
