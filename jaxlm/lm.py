@@ -12,10 +12,11 @@ import tokenizers
 from jaxlm.config import ModelConfig
 from jaxlm.convert import formats
 from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes, named_leaves
-from jaxlm.convert.tensors import cast, check, of_array
+from jaxlm.convert.tensors import PACKED, cast, check, of_array
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.decode import Sampling, generate
 from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
+from jaxlm.quant import MXFP4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +125,10 @@ def _logits(config, params, tokens_BT, execution):
 
 
 def load(path, dtype: str | None = "bfloat16") -> LM:
-  """Loads a checkpoint: Hugging Face's or OpenAI's layout, or jaxlm's own.
+  """Loads a checkpoint: Hugging Face's or OpenAI's layout, GGUF, jaxlm's own.
 
   Args:
-    path: of its directory.
+    path: of its directory, or of a GGUF file.
     dtype: "bfloat16", "float32", "float16", or None: as it is stored. Packed
       experts stay packed.
 
@@ -142,8 +143,18 @@ def load(path, dtype: str | None = "bfloat16") -> LM:
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[leaf] = jnp.asarray(tensor.read())
-  return LM(checkpoint.config, params, checkpoint.about, checkpoint.files)
+    node[leaf] = jnp.array(tensor.read())  # A copy: files may change.
+  return LM(checkpoint.config, _with_leaves(params), checkpoint.about,
+            checkpoint.files)
+
+
+def _with_leaves(node):
+  """Blocks with their scales as the quantized leaves that models take."""
+  if not isinstance(node, dict):
+    return node
+  if set(node) == set(PACKED):
+    return MXFP4(**node)
+  return {name: _with_leaves(child) for name, child in node.items()}
 
 
 def save(lm: LM, path: str | pathlib.Path, format: str = "native") -> None:

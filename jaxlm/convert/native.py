@@ -13,7 +13,7 @@ import tensorstore
 from jaxlm.config import ModelConfig, from_dict, to_dict
 from jaxlm.convert import files
 from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes
-from jaxlm.convert.tensors import Tensor, check
+from jaxlm.convert.tensors import Tensor, check, read_ahead
 
 FORMAT = "jaxlm"
 _CHUNK_BYTES = 64 * 2 ** 20
@@ -74,12 +74,12 @@ def write(checkpoint: Checkpoint, directory: pathlib.Path,
   files.write_json(directory / "config.json", {
       "format": FORMAT, "version": 1, "config": to_dict(checkpoint.config),
       "about": checkpoint.about})
-  for path, tensor in checkpoint.tensors.items():
-    _write(directory / "params" / path, tensor)
+  for path, tensor, array in read_ahead(checkpoint.tensors):
+    _write(directory / "params" / path, tensor, array)
     progress(tensor.nbytes)
 
 
-def _write(path: pathlib.Path, tensor: Tensor) -> None:
+def _write(path: pathlib.Path, tensor: Tensor, array: np.ndarray) -> None:
   rows = tensor.shape[0]
   rows = min(rows, max(1, _CHUNK_BYTES * rows // tensor.nbytes))
   metadata = {
@@ -90,10 +90,9 @@ def _write(path: pathlib.Path, tensor: Tensor) -> None:
   # Not flushed to the disk chunk by chunk, which takes ten times as long.
   context = tensorstore.Context({"file_io_sync": False})
   try:
-    array = tensorstore.open(
+    store = tensorstore.open(
         {**_spec(path), "metadata": metadata}, dtype=tensor.dtype,
         shape=tensor.shape, create=True, context=context).result()
-    array.write(tensor.read(),
-                can_reference_source_data_indefinitely=True).result()
+    store.write(array, can_reference_source_data_indefinitely=True).result()
   except ValueError as error:
     raise OSError(f"{path.name}: {error}") from error

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from jaxlm.convert.tensors import Tensor, check
+from jaxlm.convert.tensors import Tensor, check, contiguous, copy_into
 
 Shape = tuple[int, ...]
 
@@ -107,10 +107,12 @@ class Unit:
             *parts[0][axis + 1:])
 
   def _as_theirs(self, array, sizes):
-    """Our array seen with an axis for each letter of theirs, in their order."""
+    """Our array seen as those of theirs that it is of, stacked."""
     left, right = (sum(side, ()) for side in self.rule.sides)
-    return array.reshape([sizes[letter] for letter in right]).transpose(
+    seen = array.reshape([sizes[letter] for letter in right]).transpose(
         [right.index(letter) for letter in left])
+    return np.reshape(seen, (*seen.shape[:self._num_stacked],
+                             *self._part_shape(sizes)), copy=False)
 
   def to_ours(self, read: Callable[[str], np.ndarray],
               dtype: np.dtype) -> list[np.ndarray]:
@@ -118,35 +120,39 @@ class Unit:
     left, right = self.rule.sides
     if left == right and len(self.theirs) == len(self.ours) == 1:
       return [read(self.theirs[0])]
-    first = read(self.theirs[0])
     outputs = [np.empty(shape, dtype) for shape in self.shapes]
-    if self.rule.axis is None:
-      view = self._as_theirs(outputs[0], self.sizes[0])
-      counts = view.shape[:self._num_stacked]
-      for i, index in enumerate(np.ndindex(*counts)):
-        array = read(self.theirs[i]) if i else first
-        view[index] = array.reshape(view.shape[len(counts):])
+    targets = [self._as_theirs(output, sizes)
+               for output, sizes in zip(outputs, self.sizes)]
+    if self.rule.axis is not None:
+      array = read(self.theirs[0])
+      for target, part in self._parts(targets):
+        copy_into(target, array[part])
       return outputs
-    begin = 0
-    for output, sizes in zip(outputs, self.sizes):
-      size = self._part_shape(sizes)[self.rule.axis]
-      part = first[_slice(self.rule.axis, begin, begin + size)]
-      view = self._as_theirs(output, sizes)
-      view[...] = part.reshape(view.shape)
-      begin += size
+    counts = targets[0].shape[:self._num_stacked]
+    for name, index in zip(self.theirs, np.ndindex(*counts), strict=True):
+      copy_into(targets[0][index], read(name))
     return outputs
 
-  def to_theirs(self, read: Callable[[str], np.ndarray]) -> list[np.ndarray]:
+  def to_theirs(self, read: Callable[[str], np.ndarray],
+                dtype: np.dtype) -> list[np.ndarray]:
     """Their tensors from ours, as views where that can be."""
-    arrays = [self._as_theirs(read(path), sizes)
-              for path, sizes in zip(self.ours, self.sizes)]
+    sources = [self._as_theirs(contiguous(read(path)), sizes)
+               for path, sizes in zip(self.ours, self.sizes)]
     if self.rule.axis is not None:
-      return [np.concatenate(
-          [array.reshape(self._part_shape(sizes))
-           for array, sizes in zip(arrays, self.sizes)], self.rule.axis)]
-    shape = self.their_shape()
-    counts = arrays[0].shape[:self._num_stacked]
-    return [arrays[0][index].reshape(shape) for index in np.ndindex(*counts)]
+      output = np.empty(self.their_shape(), dtype)
+      for source, part in self._parts(sources):
+        copy_into(output[part], source)
+      return [output]
+    counts = sources[0].shape[:self._num_stacked]
+    return [sources[0][index] for index in np.ndindex(*counts)]
+
+  def _parts(self, arrays):
+    """Arrays, each with where it is in the one that they make together."""
+    begin = 0
+    for array in arrays:
+      end = begin + array.shape[self.rule.axis]
+      yield array, (slice(None),) * self.rule.axis + (slice(begin, end),)
+      begin = end
 
 
 def bind(rules, shapes: dict[str, Shape]) -> list[Unit]:
@@ -243,8 +249,8 @@ def to_theirs(units: list[Unit],
   read = lambda path: ours[path].read()
   return dict(itertools.chain.from_iterable(
       _together(unit.theirs, (unit.their_shape(),) * len(unit.theirs),
-                _dtype(ours, unit.ours),
-                functools.partial(unit.to_theirs, read)) for unit in units))
+                dtype, functools.partial(unit.to_theirs, read, dtype))
+      for unit in units for dtype in [_dtype(ours, unit.ours)]))
 
 
 def _dtype(tensors: dict[str, Tensor], names) -> np.dtype:
@@ -274,7 +280,3 @@ def _regex(template: str) -> str:
   return "".join(
       re.escape(text) + (f"(?P<{field}>[^/]+)" if field else "")
       for text, field, *_ in string.Formatter().parse(template))
-
-
-def _slice(axis: int, begin: int, end: int):
-  return (slice(None),) * axis + (slice(begin, end),)

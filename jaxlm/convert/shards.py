@@ -6,6 +6,7 @@ what is in memory at once; a file is a header in JSON and the tensors' bytes.
 import functools
 import json
 import math
+import mmap
 import pathlib
 import struct
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxlm.convert import files
-from jaxlm.convert.tensors import Tensor, summarize
+from jaxlm.convert.tensors import Tensor, contiguous, read_ahead, summarize
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10 ** 9
@@ -144,12 +145,18 @@ def _parse(path, entries, start: int, size: int) -> dict[str, Tensor]:
 
 
 def _read(path, offset: int, shape, dtype) -> np.ndarray:
-  nbytes = math.prod(shape) * dtype.itemsize
-  data = np.fromfile(path, np.uint8, nbytes, offset=offset)
-  if len(data) < nbytes:
-    raise ValueError(f"{path} ends at byte {offset + len(data)}, before "
-                     f"{offset + nbytes}: it was cut short")
-  return data.view(dtype).reshape(shape)
+  """A view of the file: its pages are read as they are used."""
+  count = math.prod(shape)
+  if not count:
+    return np.empty(shape, dtype)
+  begin = offset % mmap.ALLOCATIONGRANULARITY
+  try:
+    with open(path, "rb") as file:
+      pages = mmap.mmap(file.fileno(), begin + count * dtype.itemsize,
+                        access=mmap.ACCESS_READ, offset=offset - begin)
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from error
+  return np.frombuffer(pages, dtype, count, begin).reshape(shape)
 
 
 def write_directory(directory: pathlib.Path, tensors: dict[str, Tensor],
@@ -191,7 +198,6 @@ def _write_file(path, tensors: dict[str, Tensor], progress) -> None:
   header += b" " * (-len(header) % 8)
   with open(path, "wb") as file:
     file.write(struct.pack("<Q", len(header)) + header)
-    for tensor in tensors.values():
-      array = np.ascontiguousarray(tensor.read())
-      file.write(array.reshape(-1).view(np.uint8))
+    for _, tensor, array in read_ahead(tensors):
+      file.write(contiguous(array).reshape(-1).view(np.uint8))
       progress(tensor.nbytes)
