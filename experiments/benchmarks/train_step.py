@@ -93,14 +93,14 @@ def ours(config: ModelConfig, repeats: int) -> float:
   return seconds(run, repeats)
 
 
-def peer(config: ModelConfig, repeats: int) -> float:
-  """transformers' GptOssForCausalLM as it comes, with torch's AdamW."""
+def peer_model(config: ModelConfig):
+  """transformers' GptOssForCausalLM of those sizes, as it comes."""
   import torch
   import transformers
   attention, moe, yarn = (config.attention, config.moe,
                           config.attention.rope_full.scaling)
   torch.manual_seed(0)
-  net = transformers.GptOssForCausalLM(transformers.GptOssConfig(
+  return transformers.GptOssForCausalLM(transformers.GptOssConfig(
       vocab_size=config.vocab_size, hidden_size=config.d_model,
       intermediate_size=moe.expert.d_ff, num_hidden_layers=config.num_layers,
       num_attention_heads=attention.num_heads,
@@ -113,7 +113,13 @@ def peer(config: ModelConfig, repeats: int) -> float:
           "factor": yarn.factor, "beta_fast": yarn.beta_fast,
           "beta_slow": yarn.beta_slow, "truncate": False,
           "original_max_position_embeddings": yarn.original_context},
-  )).train()
+  ))
+
+
+def peer(config: ModelConfig, repeats: int) -> float:
+  """transformers' model with torch's AdamW."""
+  import torch
+  net = peer_model(config).train()
   optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
   data = {name: torch.from_numpy(value.astype(np.int64))
           for name, value in batch().items()}

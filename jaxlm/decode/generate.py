@@ -176,8 +176,24 @@ def _choose(state: State, logits_BV, sampling, stop_tokens) -> State:
       done_B=jnp.isin(token_B, stop_tokens), key=next_key)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2,
-                   static_argnames=("most", "execution"))
+def _jit_in_place(function):
+  """jit for the decoding loop. On the CPU, XLA needs to be told to look closely
+  enough to see that the cache is read before it is written, not copied."""
+  @functools.cache
+  def jitted(platform):
+    options = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    return jax.jit(function, static_argnums=0, donate_argnums=2,
+                   static_argnames=("most", "execution"),
+                   compiler_options=options if platform == "cpu" else None)
+
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    return jitted(jax.default_backend())(*args, **kwargs)
+
+  return call
+
+
+@_jit_in_place
 def decode(config: ModelConfig, params: dict, state: State,
            sampling: Sampling, stop_tokens, count, *, most: int,
            execution: Execution = Execution()):

@@ -42,15 +42,15 @@ class Attention(nn.Module):
     options = dict(
         window=config.sliding_window if self.kind == "sliding" else None,
         scale=config.query_scale, sinks_N=sinks, soft_cap=config.soft_cap)
-    if cache is not None:
-      cache = cache_lib.write(cache, k, v, context.positions_BT)
     if cache is not None and x_BTD.shape[1] == 1:
-      o = cached_attention(q, cache.k_BSKH.astype(q.dtype),
-                           cache.v_BSKH.astype(q.dtype), context.positions_BT,
-                           cache.positions_BS, **options)
+      o = cached_attention(
+          q, k, v, cache.k_BKHS.astype(q.dtype), cache.v_BKSH.astype(q.dtype),
+          context.positions_BT, cache.positions_BS, **options)
     else:
       o = windowed_attention(q, k, v, segment_ids_BS=context.segment_ids_BT,
                              implementation=self.implementation, **options)
+    if cache is not None:
+      cache = cache_lib.write(cache, k, v, context.positions_BT)
     return self._project_out(o, x_BTD.shape[-1]), cache
 
   def _project_in(self, x_BTD):
@@ -75,7 +75,9 @@ class Attention(nn.Module):
                    (config.num_heads, config.head_dim, d_model),
                    ("heads", "head_dim", "embed"),
                    fan_in(self.residual_scale, axis=(-3, -2)))
-    y_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, w_NHD.astype(o_BTNH.dtype))
+    # As one flat matmul: XLA would copy the weight transposed, each step.
+    y_BTD = (o_BTNH.reshape(*o_BTNH.shape[:2], -1)
+             @ w_NHD.astype(o_BTNH.dtype).reshape(-1, d_model))
     if "o" in config.biases:
       bias = weight(self, "o_bias", (d_model,), ("embed",),
                     nn.initializers.zeros)

@@ -10,11 +10,16 @@ from jaxlm.config import MLAConfig, ModelConfig
 class LayerCache(typing.NamedTuple):
   """Keys and values of one layer; position p lives in slot p modulo slots.
 
-  `positions_BS` says which position a slot holds, -1 none.
+  `positions_BS` says which position a slot holds, -1 none. Keys and values lie
+  as they are multiplied, so that a step moves none of them.
   """
-  k_BSKH: jax.Array
-  v_BSKH: jax.Array
+  k_BKHS: jax.Array
+  v_BKSH: jax.Array
   positions_BS: jax.Array
+
+  @property
+  def slot_axes(self):
+    return 3, 2, 1
 
 
 class LatentCache(typing.NamedTuple):
@@ -23,6 +28,10 @@ class LatentCache(typing.NamedTuple):
   latent_BSR: jax.Array
   rope_key_BSH: jax.Array
   positions_BS: jax.Array
+
+  @property
+  def slot_axes(self):
+    return 1, 1, 1
 
 
 def cache_slots(config: ModelConfig, kind: str, max_length: int) -> int:
@@ -34,23 +43,23 @@ def cache_slots(config: ModelConfig, kind: str, max_length: int) -> int:
 def empty_cache(config: ModelConfig, batch: int, max_length: int,
                 dtype=jnp.float32) -> list[LayerCache | LatentCache]:
   """One cache a layer for sequences of up to `max_length` tokens."""
-  attention, caches = config.attention, []
-  if isinstance(attention, MLAConfig):
-    kind, shapes = LatentCache, ((attention.kv_rank,),
-                                 (attention.rope_head_dim,))
-  else:
-    heads = (attention.num_kv_heads, attention.head_dim)
-    kind, shapes = LayerCache, (heads, heads)
+  a, caches = config.attention, []
   for layer in config.layers:
     slots = cache_slots(config, layer.attention, max_length)
-    caches.append(kind(
-        *(jnp.zeros((batch, slots, *shape), dtype) for shape in shapes),
-        jnp.full((batch, slots), -1, jnp.int32)))
+    if isinstance(a, MLAConfig):
+      kind, shapes = LatentCache, ((batch, slots, a.kv_rank),
+                                   (batch, slots, a.rope_head_dim))
+    else:
+      kind, heads = LayerCache, (batch, a.num_kv_heads)
+      shapes = (*heads, a.head_dim, slots), (*heads, slots, a.head_dim)
+    caches.append(kind(*(jnp.zeros(shape, dtype) for shape in shapes),
+                       jnp.full((batch, slots), -1, jnp.int32)))
   return caches
 
 
 def write(cache, *new):
   """Puts the newest tokens in their slots; position -1 (padding) in none.
+  (A single token of a single sequence is no padding.)
 
   Args:
     new: of these tokens what the cache's fields hold, [B, T, ...]; the last
@@ -62,6 +71,14 @@ def write(cache, *new):
   positions = new[-1]
   row = jnp.arange(len(positions))[:, None]
   slot = jnp.where(positions < 0, slots, positions % slots)
-  return type(cache)(*(
-      old.at[row, slot].set(x.astype(old.dtype), mode="drop")
-      for old, x in zip(cache, new, strict=True)))
+
+  def put(old, x, axis):
+    x = x.astype(old.dtype)
+    if positions.size == 1:
+      # In place, where a scatter has the whole cache copied, and twice.
+      return jax.lax.dynamic_update_slice_in_dim(
+          old, jnp.moveaxis(x, 1, axis), slot[0, 0], axis)
+    place = (row, *(slice(None),) * (axis - 1), slot)
+    return old.at[place].set(x, mode="drop")
+
+  return type(cache)(*map(put, cache, new, cache.slot_axes))

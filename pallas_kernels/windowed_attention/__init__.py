@@ -45,11 +45,18 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
       soft_cap=soft_cap, segment_ids_BS=segment_ids_BS, q_offset=q_offset)
 
 
-def cached_attention(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, *,
-                     window, scale, sinks_N=None, soft_cap=None):
-  """Attention of a few queries over a cache whose keys stand in any order.
+def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKHS, v_BKSH, q_positions_BT,
+                     k_positions_BS, *, window, scale, sinks_N=None,
+                     soft_cap=None):
+  """Attention of one query, or several that do not see each other, over its
+  own key and a cache whose keys stand in any order.
+
+  The cache is that from before these tokens: a step that reads what it has
+  just written would have XLA copy all of it.
 
   Args:
+    k_BTKH, v_BTKH: the queries' own.
+    k_BKHS, v_BKSH: the cache, lying as it is multiplied.
     q_positions_BT: int32, where each query stands.
     k_positions_BS: int32, where each cached key stands; -1 marks an empty
       slot, which no query sees.
@@ -60,8 +67,9 @@ def cached_attention(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, *,
   """
   seen_BTS = reference.visible(q_positions_BT, k_positions_BS, window)
   seen_BTS &= (k_positions_BS >= 0)[:, None]
-  return reference.attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, scale=scale,
-                          sinks_N=sinks_N, soft_cap=soft_cap)
+  return reference.attend(q_BTNH, k_BKHS, v_BKSH, seen_BTS, scale=scale,
+                          sinks_N=sinks_N, soft_cap=soft_cap,
+                          own=(k_BTKH, v_BTKH))
 
 
 def _validate(q, k, v, window, sinks_N, segment_ids_BS, q_offset):

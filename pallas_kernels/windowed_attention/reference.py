@@ -1,4 +1,6 @@
 """What windowed attention means, in plain jnp, on all T x S scores."""
+import functools
+
 import jax.numpy as jnp
 
 
@@ -9,22 +11,30 @@ def visible(q_positions, k_positions, window):
   return seen if window is None else seen & (distance < window)
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, *, scale, sinks_N=None,
-           soft_cap=None):
+def attend(q_BTNH, k_BKHS, v_BKSH, seen_BTS, *, scale, sinks_N=None,
+           soft_cap=None, own=None):
   """Softmax attention where `seen_BTS` allows it, in float32.
+
+  `own`, if given, are the queries' own keys and values [B, T, K, H], which
+  stand at none of the S places; each query sees its own.
 
   A sink is one more logit a head, unscaled, which takes part in the softmax
   and is then dropped. A query that sees nothing gives zero.
   """
   *_, num_heads, head_dim = q_BTNH.shape
-  batch, _, num_kv_heads, _ = k_BSKH.shape
-  q_BTKGH = q_BTNH.reshape(batch, -1, num_kv_heads,
-                           num_heads // num_kv_heads, head_dim)
-  s_BKGTS = scale * jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH,
-                               preferred_element_type=jnp.float32)
+  batch, num_kv_heads, _, _ = k_BKHS.shape
+  # The queries are moved, which are few in decoding, not the keys.
+  q_BKGTH = jnp.moveaxis(q_BTNH.reshape(
+      batch, -1, num_kv_heads, num_heads // num_kv_heads, head_dim), 1, 3)
+  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  s_BKGTS = scale * einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS)
+  seen = seen_BTS[:, None, None]
+  if own is not None:
+    own_BKGT = scale * einsum("BKGTH,BTKH->BKGT", q_BKGTH, own[0])
+    s_BKGTS = jnp.concatenate([s_BKGTS, own_BKGT[..., None]], -1)
+    seen = jnp.pad(seen, [(0, 0)] * 4 + [(0, 1)], constant_values=True)
   if soft_cap is not None:
     s_BKGTS = soft_cap * jnp.tanh(s_BKGTS / soft_cap)
-  seen = seen_BTS[:, None, None]
   s_BKGTS = jnp.where(seen, s_BKGTS, -jnp.inf)
   top = jnp.max(s_BKGTS, -1, keepdims=True)
   if sinks_N is not None:
@@ -36,9 +46,12 @@ def attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, *, scale, sinks_N=None,
   if sinks_N is not None:
     total += jnp.exp(sinks - top)
   p_BKGTS /= jnp.where(total == 0, 1, total)
-  o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS.astype(v_BSKH.dtype),
-                       v_BSKH, preferred_element_type=jnp.float32)
-  return o_BTKGH.reshape(*q_BTNH.shape[:3], -1).astype(q_BTNH.dtype)
+  p_BKGTS = p_BKGTS.astype(v_BKSH.dtype)
+  o_BKGTH = einsum("BKGTS,BKSH->BKGTH", p_BKGTS[..., :v_BKSH.shape[2]], v_BKSH)
+  if own is not None:
+    o_BKGTH += einsum("BKGT,BTKH->BKGTH", p_BKGTS[..., -1], own[1])
+  return jnp.moveaxis(o_BKGTH, 3, 1).reshape(
+      *q_BTNH.shape[:3], -1).astype(q_BTNH.dtype)
 
 
 def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
@@ -50,5 +63,6 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
   if segment_ids_BS is not None:
     q_segment_BT = segment_ids_BS[:, q_offset:q_offset + num_queries]
     seen_BTS &= q_segment_BT[:, :, None] == segment_ids_BS[:, None]
-  return attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, scale=scale,
+  return attend(q_BTNH, k_BSKH.transpose(0, 2, 3, 1),
+                v_BSKH.transpose(0, 2, 1, 3), seen_BTS, scale=scale,
                 sinks_N=sinks_N, soft_cap=soft_cap)

@@ -29,17 +29,17 @@ def written(slots, *steps):
   Keys and values are the positions too, so the three must agree.
   """
   batch = len(steps[0])
-  zeros = jnp.zeros((batch, slots, 1, 2))
-  cache = cache_lib.LayerCache(zeros, zeros,
+  cache = cache_lib.LayerCache(jnp.zeros((batch, 3, 2, slots)),
+                               jnp.zeros((batch, 3, slots, 2)),
                                jnp.full((batch, slots), -1, jnp.int32))
   for step in steps:
     positions = jnp.array(step, jnp.int32)
-    k = jnp.broadcast_to(positions[..., None, None], (*positions.shape, 1, 2))
+    k = jnp.broadcast_to(positions[..., None, None], (*positions.shape, 3, 2))
     cache = cache_lib.write(cache, k.astype(jnp.float32),
                             -k.astype(jnp.float32), positions)
   holds = cache.positions_BS
-  for x, sign in ((cache.k_BSKH, 1), (cache.v_BSKH, -1)):
-    expected = jnp.where(holds < 0, 0, sign * holds)[..., None, None]
+  for x, sign in ((cache.k_BKHS, 1), (cache.v_BKSH.swapaxes(2, 3), -1)):
+    expected = jnp.where(holds < 0, 0, sign * holds)[:, None, None]
     np.testing.assert_array_equal(x, jnp.broadcast_to(expected, x.shape))
   return holds.tolist()
 
@@ -64,9 +64,9 @@ def test_padding_is_written_nowhere():
 
 def test_sliding_layers_hold_a_window_and_full_layers_everything():
   caches = cache_lib.empty_cache(ROPED, 2, 12, jnp.bfloat16)
-  assert [c.k_BSKH.shape for c in caches] == [
-      (2, WINDOW, 2, 10), (2, 12, 2, 10), (2, WINDOW, 2, 10)]
-  assert caches[0].k_BSKH.dtype == jnp.bfloat16
+  assert [c.k_BKHS.shape for c in caches] == [
+      (2, 2, 10, WINDOW), (2, 2, 10, 12), (2, 2, 10, WINDOW)]
+  assert caches[0].k_BKHS.dtype == jnp.bfloat16
   assert cache_lib.cache_slots(ROPED, "sliding", 3) == 3
 
 
