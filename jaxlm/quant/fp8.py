@@ -4,9 +4,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxlm.quant.leaf import Quantized, finite_rows, leaf, map_matrices
+from jaxlm.quant.leaf import Quantized, leaf, map_matrices, map_outputs
 
 BLOCK = 128
+# Looking up is four times as fast as ml_dtypes' conversion.
+_FLOATS = np.arange(256, dtype=np.uint8).view(
+    ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 @leaf
@@ -38,10 +41,11 @@ class FP8(Quantized):
     self.shape  # refuses what does not fit
     dtype = jnp.dtype(dtype)
     if isinstance(self.values, np.ndarray):
-      w, = map_matrices(lambda v, s: (_dequantize(v, s, dtype, np),),
-                        self.values, self.scales)
+      w, = map_matrices(
+          lambda v, s: (_dequantize(_FLOATS[v.view(np.uint8)], s, dtype, np),),
+          self.values, self.scales)
     else:
-      w = _dequantize(self.values, self.scales, dtype, jnp)
+      w = _dequantize(self.values.astype(np.float32), self.scales, dtype, jnp)
     return w.swapaxes(-1, -2)
 
   @classmethod
@@ -57,22 +61,21 @@ class FP8(Quantized):
     if w.ndim < 2:
       raise ValueError(f"an array {w.shape} cannot be FP8: expected "
                        "[..., in, out]")
-    return cls(*map_matrices(_quantize, w))
+    return cls(*map_matrices(lambda w: map_outputs(_quantize, w, BLOCK), w))
 
 
 def _spread(scales, shape, xp):
-  """Scales of blocks [..., a, b] to their elements [..., *shape]."""
+  """Scales of blocks [..., a, b] to those of elements, [..., *shape]."""
   scales = xp.repeat(scales, BLOCK, -2)[..., :shape[0], :]
   return xp.repeat(scales, BLOCK, -1)[..., :shape[1]]
 
 
 def _dequantize(values, scales, dtype, xp):
   scales = _spread(scales, values.shape[-2:], xp)
-  return (values.astype(np.float32) * scales).astype(dtype)
+  return (values * scales).astype(dtype)
 
 
 def _quantize(w) -> tuple[np.ndarray, np.ndarray]:
-  w = finite_rows(w)
   rows = np.arange(0, w.shape[0], BLOCK)
   columns = np.arange(0, w.shape[1], BLOCK)
   largest = np.maximum.reduceat(np.abs(w), rows, 0)

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.quant.leaf import Quantized, finite_rows, leaf, map_matrices
+from jaxlm.quant.leaf import Quantized, leaf, map_matrices, map_outputs
 
 LARGEST = 127
 
@@ -52,7 +52,8 @@ class Int8(Quantized):
     if w.ndim < 2:
       raise ValueError(f"an array {w.shape} cannot be int8: expected "
                        "[..., in, out]")
-    values, scales = map_matrices(_quantize, w)
+    values, scales = map_matrices(
+        lambda w: map_outputs(_quantize, w, 32), w)
     return cls(values, scales[..., 0])
 
 
@@ -61,7 +62,6 @@ def _dequantize(values, scales, dtype):
 
 
 def _quantize(w) -> tuple[np.ndarray, np.ndarray]:
-  w = finite_rows(w)
   fraction, exponent = np.frexp(np.abs(w).max(-1, keepdims=True)
                                 .astype(np.float64) / LARGEST)
   scales = np.ldexp(np.ceil(np.ldexp(fraction, 16)), exponent - 16)
