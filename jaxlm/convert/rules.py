@@ -107,30 +107,29 @@ class Unit:
             *parts[0][axis + 1:])
 
   def _as_theirs(self, array, sizes):
-    """Our array seen as those of theirs that it is of, stacked."""
+    """A view of our array with an axis for each letter, in their order."""
     left, right = (sum(side, ()) for side in self.rule.sides)
-    seen = array.reshape([sizes[letter] for letter in right]).transpose(
+    return array.reshape([sizes[letter] for letter in right]).transpose(
         [right.index(letter) for letter in left])
-    return np.reshape(seen, (*seen.shape[:self._num_stacked],
-                             *self._part_shape(sizes)), copy=False)
 
   def to_ours(self, read: Callable[[str], np.ndarray],
               dtype: np.dtype) -> list[np.ndarray]:
     """Our tensors from theirs, read one at a time, each straight into place."""
     left, right = self.rule.sides
-    if left == right and len(self.theirs) == len(self.ours) == 1:
+    if left == right and not self._num_stacked and self.rule.axis is None:
       return [read(self.theirs[0])]
     outputs = [np.empty(shape, dtype) for shape in self.shapes]
     targets = [self._as_theirs(output, sizes)
                for output, sizes in zip(outputs, self.sizes)]
     if self.rule.axis is not None:
       array = read(self.theirs[0])
-      for target, part in self._parts(targets):
-        copy_into(target, array[part])
+      for target, part in zip(targets, self._parts(), strict=True):
+        copy_into(target, array[part].reshape(target.shape))
       return outputs
     counts = targets[0].shape[:self._num_stacked]
     for name, index in zip(self.theirs, np.ndindex(*counts), strict=True):
-      copy_into(targets[0][index], read(name))
+      target = targets[0][index]
+      copy_into(target, read(name).reshape(target.shape))
     return outputs
 
   def to_theirs(self, read: Callable[[str], np.ndarray],
@@ -138,21 +137,21 @@ class Unit:
     """Their tensors from ours, as views where that can be."""
     sources = [self._as_theirs(contiguous(read(path)), sizes)
                for path, sizes in zip(self.ours, self.sizes)]
+    shape = self.their_shape()
     if self.rule.axis is not None:
-      output = np.empty(self.their_shape(), dtype)
-      for source, part in self._parts(sources):
-        copy_into(output[part], source)
+      output = np.empty(shape, dtype)
+      for source, part in zip(sources, self._parts(), strict=True):
+        copy_into(output[part].reshape(source.shape), source)
       return [output]
     counts = sources[0].shape[:self._num_stacked]
-    return [sources[0][index] for index in np.ndindex(*counts)]
+    return [sources[0][index].reshape(shape) for index in np.ndindex(*counts)]
 
-  def _parts(self, arrays):
-    """Arrays, each with where it is in the one that they make together."""
-    begin = 0
-    for array in arrays:
-      end = begin + array.shape[self.rule.axis]
-      yield array, (slice(None),) * self.rule.axis + (slice(begin, end),)
-      begin = end
+  def _parts(self) -> list[tuple[slice, ...]]:
+    """Where each of ours is in the one of theirs that they make together."""
+    ends = list(itertools.accumulate(
+        self._part_shape(sizes)[self.rule.axis] for sizes in self.sizes))
+    return [(slice(None),) * self.rule.axis + (slice(begin, end),)
+            for begin, end in zip([0, *ends], ends)]
 
 
 def bind(rules, shapes: dict[str, Shape]) -> list[Unit]:

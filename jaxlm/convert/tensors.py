@@ -81,6 +81,7 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
   That is done in blocks which fit into the cache: five times as fast as
   numpy's own order, which goes through whole columns.
   """
+  target, source = _merge_axes(target, source)
   rows, columns = _fastest_axis(target), _fastest_axis(source)
   if rows == columns:
     target[...] = source
@@ -91,6 +92,27 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
     for j in range(0, target.shape[columns], 2048):
       index[columns] = slice(j, j + 2048)
       target[tuple(index)] = source[tuple(index)]
+
+
+def _merge_axes(*arrays: np.ndarray) -> list[np.ndarray]:
+  """Views of arrays of one shape, without what both can do without: axes that
+  go on where the next ends, and axes of size 1."""
+  sizes, strides = [], [[] for _ in arrays]
+  for axis, size in enumerate(arrays[0].shape):
+    if size == 1:
+      continue
+    here = [array.strides[axis] for array in arrays]
+    if sizes and all(s[-1] == size * stride
+                     for s, stride in zip(strides, here)):
+      sizes[-1] *= size
+      for s, stride in zip(strides, here):
+        s[-1] = stride
+    else:
+      sizes.append(size)
+      for s, stride in zip(strides, here):
+        s.append(stride)
+  return [np.lib.stride_tricks.as_strided(array, sizes, s)
+          for array, s in zip(arrays, strides)]
 
 
 def _fastest_axis(array: np.ndarray) -> int | None:
