@@ -14,38 +14,47 @@ _FLOATS = np.arange(256, dtype=np.uint8).view(
 
 @leaf
 class FP8(Quantized):
-  """values: float8_e4m3fn [..., out, in]. scales: float32 [..., out / 128,
-  in / 128], rounded up (DeepSeek's `weight_scale_inv`); values are multiplied
-  by them. The last blocks may be smaller.
+  """floats: float8_e4m3fn [..., out, in]. block_scales: float32 [..., out / 128,
+  in / 128], rounded up (DeepSeek's `weight_scale_inv`), by which floats are
+  multiplied. The last blocks may be smaller.
   """
-  values: jax.Array | np.ndarray
-  scales: jax.Array | np.ndarray
+  floats: jax.Array | np.ndarray
+  block_scales: jax.Array | np.ndarray
 
+  PARTS = {"floats": np.dtype(ml_dtypes.float8_e4m3fn),
+           "block_scales": np.dtype(np.float32)}
   dtype = jnp.dtype(jnp.bfloat16)
 
   @property
   def shape(self) -> tuple[int, ...]:
-    values, scales = self.values, self.scales
+    values, scales = self.floats, self.block_scales
     *lead, dim_out, dim_in = values.shape
     if (scales.shape != (*lead, -(-dim_out // BLOCK), -(-dim_in // BLOCK))
         or values.dtype != ml_dtypes.float8_e4m3fn
         or scales.dtype != np.float32):
       raise ValueError(
-          f"FP8 values {values.dtype} {values.shape} and scales "
+          f"FP8 floats {values.dtype} {values.shape} and scales "
           f"{scales.dtype} {scales.shape} do not fit: expected float8_e4m3fn "
           f"[..., out, in] and float32, one for each {BLOCK} by {BLOCK} block")
     return (*lead, dim_in, dim_out)
+
+  @staticmethod
+  def part_shapes(shape) -> tuple[tuple[int, ...], ...]:
+    *lead, dim_in, dim_out = shape
+    return ((*lead, dim_out, dim_in),
+            (*lead, -(-dim_out // BLOCK), -(-dim_in // BLOCK)))
 
   def dequantize(self, dtype=jnp.bfloat16):
     """[..., in, out], multiplied in float32."""
     self.shape  # refuses what does not fit
     dtype = jnp.dtype(dtype)
-    if isinstance(self.values, np.ndarray):
+    if isinstance(self.floats, np.ndarray):
       w, = map_matrices(
           lambda v, s: (_dequantize(_FLOATS[v.view(np.uint8)], s, dtype, np),),
-          self.values, self.scales)
+          self.floats, self.block_scales)
     else:
-      w = _dequantize(self.values.astype(np.float32), self.scales, dtype, jnp)
+      w = _dequantize(self.floats.astype(np.float32), self.block_scales, dtype,
+                      jnp)
     return w.swapaxes(-1, -2)
 
   @classmethod

@@ -10,34 +10,42 @@ LARGEST = 127
 
 @leaf
 class Int8(Quantized):
-  """values: int8 [..., out, in], from -127 to 127. scales: float32 [..., out].
+  """integers: int8 [..., out, in], from -127 to 127. channel_scales: float32
+  [..., out].
   """
-  values: jax.Array | np.ndarray
-  scales: jax.Array | np.ndarray
+  integers: jax.Array | np.ndarray
+  channel_scales: jax.Array | np.ndarray
 
+  PARTS = {"integers": np.dtype(np.int8),
+           "channel_scales": np.dtype(np.float32)}
   dtype = jnp.dtype(jnp.float32)
 
   @property
   def shape(self) -> tuple[int, ...]:
-    values, scales = self.values, self.scales
+    values, scales = self.integers, self.channel_scales
     if (values.shape[:-1] != scales.shape or len(scales.shape) < 1
         or values.dtype != np.int8 or scales.dtype != np.float32):
       raise ValueError(
-          f"int8 values {values.dtype} {values.shape} and scales "
+          f"int8 integers {values.dtype} {values.shape} and scales "
           f"{scales.dtype} {scales.shape} do not fit: expected int8 "
           "[..., out, in] and float32 [..., out]")
     *lead, dim_out, dim_in = values.shape
     return (*lead, dim_in, dim_out)
 
+  @staticmethod
+  def part_shapes(shape) -> tuple[tuple[int, ...], ...]:
+    *lead, dim_in, dim_out = shape
+    return (*lead, dim_out, dim_in), (*lead, dim_out)
+
   def dequantize(self, dtype=jnp.float32):
     """[..., in, out], exact in float32 if `quantize` wrote it."""
     self.shape  # refuses what does not fit
     dtype = jnp.dtype(dtype)
-    if isinstance(self.values, np.ndarray):
+    if isinstance(self.integers, np.ndarray):
       w, = map_matrices(lambda v, s: (_dequantize(v, s[:, 0], dtype),),
-                        self.values, self.scales[..., None])
+                        self.integers, self.channel_scales[..., None])
     else:
-      w = _dequantize(self.values, self.scales, dtype)
+      w = _dequantize(self.integers, self.channel_scales, dtype)
     return w.swapaxes(-1, -2)
 
   @classmethod

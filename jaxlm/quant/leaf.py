@@ -15,7 +15,8 @@ class Quantized:
   jax sees the arrays it consists of (so jit, sharding and checkpoints work).
   Those are numpy's on the host, which then dequantizes without jax.
 
-  Each kind says in `quantize` which blocks it writes, such that quantizing
+  `PARTS` names these arrays with their dtypes, `part_shapes` says their shapes
+  for an array of some shape. Each kind says in `quantize` which blocks it writes, such that quantizing
   what was dequantized gives the same bytes again.
   """
 

@@ -26,6 +26,7 @@ class MXFP4(Quantized):
   blocks: jax.Array | np.ndarray
   scales: jax.Array | np.ndarray
 
+  PARTS = {"blocks": np.dtype(np.uint8), "scales": np.dtype(np.uint8)}
   dtype = jnp.dtype(jnp.bfloat16)  # holds every value that is not tiny
 
   @property
@@ -40,6 +41,16 @@ class MXFP4(Quantized):
           "[..., out, in / 32, 16] and [..., out, in / 32]")
     *lead, dim_out, groups = scales.shape
     return (*lead, groups * BLOCK, dim_out)
+
+  @staticmethod
+  def part_shapes(shape) -> tuple[tuple[int, ...], ...]:
+    if len(shape) < 2 or shape[-2] % BLOCK:
+      raise ValueError(
+          f"an array {tuple(shape)} cannot be MXFP4: expected [..., in, out] "
+          f"with an input dimension that is a multiple of {BLOCK}")
+    *lead, dim_in, dim_out = shape
+    scales = (*lead, dim_out, dim_in // BLOCK)
+    return (*scales, BLOCK // 2), scales
 
   def dequantize(self, dtype=jnp.bfloat16):
     """[..., in, out], exact in bfloat16 and in float32.
@@ -69,10 +80,7 @@ class MXFP4(Quantized):
     but not its bytes: they shift to the smallest scale that holds them.
     """
     w = np.asarray(w)
-    if w.ndim < 2 or w.shape[-2] % BLOCK:
-      raise ValueError(
-          f"an array {w.shape} cannot be MXFP4: expected [..., in, out] with "
-          f"an input dimension that is a multiple of {BLOCK}")
+    cls.part_shapes(w.shape)  # refuses what cannot be
     return cls(*map_matrices(lambda w: map_outputs(_quantize, w, 32), w))
 
 
