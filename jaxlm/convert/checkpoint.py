@@ -43,7 +43,16 @@ def leaf_shapes(config: ModelConfig,
   Args:
     packed: paths of leaves that are in MXFP4. Of one [E, in, out] the blocks
       are [E, out, in / 32, 16] and the scales [E, out, in / 32].
+
+  Raises:
+    ValueError: the sizes are absurd; tracing such a model would not end.
   """
+  experts = config.moe.num_experts if config.moe else 0
+  largest = max(config.vocab_size, config.d_model, experts)
+  if config.num_layers > 1024 or largest > 2 ** 20:
+    raise ValueError(
+        f"a config of {config.num_layers} layers and {experts} experts, width "
+        f"{config.d_model} and vocabulary {config.vocab_size} is of no model")
   tree = jax.eval_shape(lambda key: per_layer(config, init_params(config, key)),
                         jax.random.key(0))
   shapes = {}
