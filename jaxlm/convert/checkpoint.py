@@ -44,7 +44,16 @@ def leaf_shapes(config: ModelConfig,
   Args:
     quantized: the kinds of leaves that are, by path (`quantized_leaves`); in
       place of each there are its parts.
+
+  Raises:
+    ValueError: the sizes are absurd; tracing such a model would not end.
   """
+  experts = config.moe.num_experts if config.moe else 0
+  largest = max(config.vocab_size, config.d_model, experts)
+  if config.num_layers > 1024 or largest > 2 ** 20:
+    raise ValueError(
+        f"a config of {config.num_layers} layers and {experts} experts, width "
+        f"{config.d_model} and vocabulary {config.vocab_size} is of no model")
   tree = jax.eval_shape(lambda key: per_layer(config, init_params(config, key)),
                         jax.random.key(0))
   shapes, quantized = {}, quantized or {}
