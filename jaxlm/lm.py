@@ -12,11 +12,11 @@ import tokenizers
 from jaxlm.config import ModelConfig
 from jaxlm.convert import formats
 from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes, named_leaves
-from jaxlm.convert.tensors import PACKED, cast, check, of_array
+from jaxlm.convert.tensors import cast, check, of_array
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.decode import Sampling, generate
 from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
-from jaxlm.quant import MXFP4
+from jaxlm.quant import KINDS, quantized_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +149,12 @@ def load(path, dtype: str | None = "bfloat16") -> LM:
 
 
 def _with_leaves(node):
-  """Blocks with their scales as the quantized leaves that models take."""
+  """Parts of quantized leaves as these leaves."""
   if not isinstance(node, dict):
     return node
-  if set(node) == set(PACKED):
-    return MXFP4(**node)
+  kinds = {KINDS.get(name) for name in node}
+  if len(kinds) == 1 and None not in kinds:
+    return kinds.pop()(**node)
   return {name: _with_leaves(child) for name, child in node.items()}
 
 
@@ -169,9 +170,7 @@ def save(lm: LM, path: str | pathlib.Path, format: str = "native") -> None:
   """
   leaves = {name: of_array(leaf) for name, leaf in named_leaves(
       per_layer(lm.config, lm.params)).items()}
-  packed = {name.removesuffix("/blocks") for name in leaves
-            if name.endswith("/blocks")}
-  shapes = leaf_shapes(lm.config, packed)
+  shapes = leaf_shapes(lm.config, quantized_leaves(leaves))
   check("the parameters", shapes, leaves)
   formats.write(Checkpoint(lm.config, {name: leaves[name] for name in shapes},
                            lm.about, lm.files), path, format)

@@ -44,7 +44,7 @@ def from_hf_config(values: dict) -> tuple[Family, ModelConfig]:
     NotImplementedError: a field has a value that is not supported.
   """
   name = values.get("model_type")
-  if name not in FAMILIES:
+  if name not in list(FAMILIES):
     raise ValueError(f"config.json: model_type={name!r} is not known: only "
                      f"{', '.join(FAMILIES)}")
   return FAMILIES[name], FAMILIES[name].from_hf_config(values)

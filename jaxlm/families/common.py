@@ -98,7 +98,7 @@ def outer(fields: Fields) -> dict:
   """The fields of ModelConfig that every family has."""
   return dict(
       vocab_size=fields("vocab_size"), d_model=fields("hidden_size"),
-      num_layers=fields("num_hidden_layers"),
+      num_layers=fields.num_layers(),
       tie_embeddings=fields("tie_word_embeddings", bool))
 
 

@@ -43,7 +43,7 @@ RULES = (*OUTER_RULES, *PRE_AND_POST_NORM_RULES, *ATTENTION_RULES,
 
 def from_hf_config(values: dict) -> ModelConfig:
   fields = Fields(values, DEFAULTS)
-  fields.ignore("hidden_act")
+  fields.ignore("hidden_act", "sliding_window_size")
   fields.only("use_bidirectional_attention", None, False)
   pattern = fields.layer_pattern(lambda i: i % 2 == 0)
   config = ModelConfig(

@@ -50,22 +50,23 @@ def from_hf_config(values: dict) -> ModelConfig:
   """Of the decoder alone or, nested in text_config, of the whole model."""
   if "text_config" in values:
     whole = Fields(values, {"tie_word_embeddings": True})
-    whole.ignore("text_config", *VISION_FIELDS)
+    whole.ignore(*VISION_FIELDS)
     tied = whole("tie_word_embeddings", bool)
+    values = {"tie_word_embeddings": tied, **whole("text_config", dict)}
     whole.finish()
-    values = {"tie_word_embeddings": tied, **values["text_config"]}
   fields = Fields(values, DEFAULTS)
   fields.ignore("hidden_act", "_sliding_window_pattern")
   fields.only("use_bidirectional_attention", None, False)
+  # None has one; transformers reads the field and then does without.
+  fields.only("attn_logit_softcapping", None)
   period = fields("sliding_window_pattern")
-  pattern = fields.layer_pattern(lambda i: (i + 1) % period != 0)
+  pattern = fields.layer_pattern(lambda i: (i + 1) % max(period, 1) != 0)
   rope_sliding = fields.rope("sliding", "rope_local_base_freq", scaled=False)
   config = ModelConfig(
       **outer(fields), layer_pattern=pattern,
       attention=attention(
           fields, pattern, fields.rope("full"), rope_sliding,
           sliding_window=fields.optional("sliding_window"), qk_norm=True,
-          soft_cap=fields.optional("attn_logit_softcapping", float),
           scale=query_scale(fields)),
       mlp=MLPConfig(fields("intermediate_size"),
                     fields.activation("hidden_activation")),

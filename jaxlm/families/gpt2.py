@@ -63,7 +63,7 @@ def from_hf_config(values: dict) -> ModelConfig:
                 "summary_type", "summary_use_proj", "summary_activation",
                 "summary_proj_to_labels", "summary_first_dropout")
   d_model, heads = fields("n_embd"), fields("n_head")
-  if d_model % heads:
+  if heads < 1 or d_model % heads:
     raise ValueError(f"config.json: n_embd={d_model} is not a multiple of "
                      f"n_head={heads}")
   config = ModelConfig(

@@ -49,6 +49,10 @@ _SCALINGS = {
 }
 
 
+# More layers or larger sizes would only fill the memory.
+_MOST_LAYERS, _LARGEST = 1024, 2 ** 20
+
+
 class Fields:
   """The fields of a config.json; `defaults` are of the family's own class."""
 
@@ -70,6 +74,8 @@ class Fields:
     """The same, or None where it is absent or null."""
     self._taken.add(name)
     value = self._values.get(name, self._defaults.get(name))
+    if type(value) is int and abs(value) > _LARGEST:
+      raise ValueError(f"config.json: {name}={value}: no model's is that large")
     if kind is float and type(value) is int:
       value = float(value)
     if value is not None and type(value) is not kind:
@@ -112,18 +118,25 @@ class Fields:
     return ACTIVATIONS[self.only(name, *ACTIVATIONS)]
 
   def head_dim(self) -> int:
-    return (self.optional("head_dim")
-            or self("hidden_size") // self("num_attention_heads"))
+    heads = self("num_attention_heads")
+    return self.optional("head_dim") or self("hidden_size") // max(heads, 1)
+
+  def num_layers(self) -> int:
+    number = self("num_hidden_layers")
+    if not 0 < number <= _MOST_LAYERS:
+      raise ValueError(f"config.json: num_hidden_layers={number}: expected 1 to "
+                       f"{_MOST_LAYERS}")
+    return number
 
   def layer_pattern(self, default: typing.Callable[[int], bool]):
     """The shortest pattern of kinds; without layer_types, `default` says which
     layers (by index) slide."""
-    num_layers = self("num_hidden_layers")
+    num_layers = self.num_layers()
     names = self.optional("layer_types", list)
     if names is None:
       names = ["sliding_attention" if default(i) else "full_attention"
                for i in range(num_layers)]
-    unknown = [name for name in names if name not in LAYER_TYPES]
+    unknown = [name for name in names if name not in list(LAYER_TYPES)]
     if unknown:
       raise NotImplementedError(f"config.json: layer_types has {unknown}: only "
                                 f"{list(LAYER_TYPES)} are supported")
@@ -146,21 +159,26 @@ class Fields:
       theta: the old field of their base.
       scaled: whether the old rope_scaling applies to this kind.
     """
-    self.ignore("rope_scaling", "rope_parameters")
-    old = self._values.get("rope_scaling")
-    new = self._values.get("rope_parameters")
-    if not old and not new:
-      new = self._defaults.get("rope_parameters")
-    values = dict(new or {})
-    base = self(theta, float)
+    old = self.optional("rope_scaling", dict)
+    values = self.optional("rope_parameters", dict)
+    if not old and not values:
+      values = self._defaults.get("rope_parameters")
+    values = dict(values or {})
     if any(name in values for name in LAYER_TYPES):
       name = next(n for n, k in LAYER_TYPES.items() if k == kind)
-      values = dict(values.get(name) or {})
+      values = values.get(name)
+      if not isinstance(values, dict):
+        raise ValueError(f"config.json: rope_parameters[{name!r}]={values!r}: "
+                         "expected an object")
+      values = dict(values)
     elif old:
       values = dict(old) if scaled else {}
-    base = values.pop("rope_theta", base)
+    base = values.pop("rope_theta", None)
+    if base is None:
+      base = self(theta, float)
+    self.ignore(theta)
     if type(base) not in (int, float):
-      raise ValueError(f"config.json: {theta}={base!r}: expected a number")
+      raise ValueError(f"config.json: rope_theta={base!r}: expected a number")
     return RopeConfig(float(base), self._scaling(values))
 
   def _scaling(self, values: dict):
@@ -222,7 +240,8 @@ def _numbers(cls, arguments: dict) -> dict:
   hints = typing.get_type_hints(cls)
   result = {}
   for name, value in arguments.items():
-    if type(value) not in ((bool,) if hints[name] is bool else (int, float)):
+    if (type(value) not in ((bool,) if hints[name] is bool else (int, float))
+        or not -_LARGEST <= value <= _LARGEST):
       raise ValueError(f"config.json: rope's {name}={value!r}: expected "
                        f"{hints[name].__name__}")
     result[name] = hints[name](value)

@@ -60,7 +60,7 @@ def from_hf_config(values: dict) -> ModelConfig:
 
 def _num_dense_layers(fields: Fields) -> int:
   """Where expert layers begin; dense ones among them are not supported."""
-  num_layers, step = fields("num_hidden_layers"), fields("decoder_sparse_step")
+  num_layers, step = fields.num_layers(), fields("decoder_sparse_step")
   dense = fields.optional("mlp_only_layers", list) or []
   if step < 1:
     raise ValueError(f"config.json: decoder_sparse_step={step}: must be at "
