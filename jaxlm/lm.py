@@ -18,7 +18,7 @@ from jaxlm.decode.generate import generate
 from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LM:
   """A config with its parameters.
 
@@ -27,7 +27,7 @@ class LM:
   `jaxlm.convert.checkpoint`).
   """
   config: ModelConfig
-  params: dict
+  params: dict = dataclasses.field(repr=False)
   about: dict = dataclasses.field(default_factory=dict)
   files: dict[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -125,9 +125,9 @@ def save(lm: LM, path: str | pathlib.Path, format: str = "native") -> None:
   """
   leaves = {name: of_array(leaf) for name, leaf in named_leaves(
       per_layer(lm.config, lm.params)).items()}
-  packed = {name.removesuffix("/blocks") for name in leaves
-            if name.endswith("/blocks")}
-  shapes = leaf_shapes(lm.config, packed)
+  shapes = leaf_shapes(lm.config, frozenset(
+      name.removesuffix("/blocks") for name in leaves
+      if name.endswith("/blocks")))
   check("the parameters", shapes, leaves)
   formats.write(Checkpoint(lm.config, {name: leaves[name] for name in shapes},
                            lm.about, lm.files), path, format)

@@ -1,6 +1,8 @@
 """A checkpoint of any format: what it is of, and its tensors, unread."""
 import dataclasses
+import functools
 import re
+import types
 
 import jax
 
@@ -36,8 +38,9 @@ class Checkpoint:
     return max(sizes, key=sizes.get)
 
 
-def leaf_shapes(config: ModelConfig,
-                packed=frozenset()) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=16)
+def leaf_shapes(config: ModelConfig, packed: frozenset[str] = frozenset()
+                ) -> types.MappingProxyType[str, tuple[int, ...]]:
   """Shapes of the leaves of the per-layer parameters, by path.
 
   Args:
@@ -64,10 +67,10 @@ def leaf_shapes(config: ModelConfig,
     scales = (*experts, d_out, d_in // 32)
     for name, shape in zip(PACKED, ((*scales, 16), scales), strict=True):
       shapes[f"{path}/{name}"] = shape
-  return shapes
+  return types.MappingProxyType(shapes)  # Not to be changed: it is kept.
 
 
-def packed_leaves(config: ModelConfig, rules, theirs) -> set[str]:
+def packed_leaves(config: ModelConfig, rules, theirs) -> frozenset[str]:
   """Paths of the leaves that a format's tensors hold in MXFP4."""
   packed = set()
   for rule in rules:
@@ -75,7 +78,7 @@ def packed_leaves(config: ModelConfig, rules, theirs) -> set[str]:
     if part == "blocks":
       packed |= {path.format(layer=i) for i in range(config.num_layers)
                  if rule.theirs[0].format(layer=i) in theirs}
-  return packed
+  return frozenset(packed)
 
 
 def named_leaves(tree) -> dict:

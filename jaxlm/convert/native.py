@@ -38,9 +38,9 @@ def read(directory: pathlib.Path) -> Checkpoint:
   params = directory / "params"
   tensors = {str(path.parent.relative_to(params)): _open(path.parent)
              for path in sorted(params.rglob("zarr.json"))}
-  packed = {path.removesuffix("/blocks") for path in tensors
-            if path.endswith("/blocks")}
-  shapes = leaf_shapes(config, packed)
+  shapes = leaf_shapes(config, frozenset(
+      path.removesuffix("/blocks") for path in tensors
+      if path.endswith("/blocks")))
   check(directory, shapes, tensors)
   return Checkpoint(config, {path: tensors[path] for path in shapes},
                     values.get("about", {}), files.text_files(directory))
