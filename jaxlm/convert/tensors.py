@@ -5,6 +5,8 @@ its path in the per-layer parameters, such as layers/0/moe/gate_up; a quantized
 one is two tensors, such as layers/0/moe/gate_up/blocks and .../scales.
 """
 import concurrent.futures
+import itertools
+import math
 import re
 import typing
 from collections.abc import Callable, Iterator
@@ -30,7 +32,7 @@ class Tensor(typing.NamedTuple):
 
   @property
   def nbytes(self) -> int:
-    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+    return math.prod(self.shape) * self.dtype.itemsize
 
 
 def of_array(array) -> Tensor:
@@ -175,22 +177,27 @@ def check(where, expected: dict[str, tuple[int, ...]],
                      + "\n  ".join(problems))
 
 
+_NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
+
+
 def summarize(names) -> list[str]:
   """All the names, those that differ only in numbers as one with ranges."""
   groups = {}
   for name in names:
-    groups.setdefault(re.sub(r"\d+", "{}", name), []).append(name)
+    # The text between numbers, and the numbers.
+    parts = _NUMBER.split(name)
+    groups.setdefault(tuple(parts[::2]), []).append((name, parts[1::2]))
   result = []
-  for template, members in groups.items():
-    numbers = [sorted(set(column)) for column in zip(
-        *(map(int, re.findall(r"\d+", name)) for name in members))]
+  for texts, members in groups.items():
+    columns = [sorted(set(map(int, column)))
+               for column in zip(*(numbers for _, numbers in members))]
     whole = all(column == list(range(column[0], column[-1] + 1))
-                for column in numbers)
-    count = np.prod([len(column) for column in numbers], dtype=np.int64)
-    if whole and count == len(members):
-      result.append(template.format(*(
-          f"{{{column[0]}..{column[-1]}}}" if len(column) > 1 else column[0]
-          for column in numbers)))
+                for column in columns)
+    if whole and math.prod(map(len, columns)) == len(members):
+      ranges = [str(column[0]) if len(column) == 1
+                else f"{{{column[0]}..{column[-1]}}}" for column in columns]
+      result.append("".join(itertools.chain.from_iterable(
+          itertools.zip_longest(texts, ranges, fillvalue=""))))
     else:
-      result += members
+      result += [name for name, _ in members]
   return result
