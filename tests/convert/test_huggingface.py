@@ -129,7 +129,7 @@ def edit_config(directory, **fields):
 def rename(directory, change):
   """Gives tensors other names, or takes them away (None)."""
   tensors = shards.read_directory(directory)
-  renamed = {change(name): x._replace(read=x.read().copy)
+  renamed = {change(name): x._replace(read=lambda array=x.read().copy(): array)
              for name, x in tensors.items()}
   renamed.pop(None, None)
   for path in directory.glob("*.safetensors*"):
@@ -177,7 +177,7 @@ def test_gpt2_without_its_prefix_and_with_masks(tmp_path):
   lm = jaxlm.load(directory)
   rename(directory, lambda name: name.removeprefix("transformer."))
   tensors = shards.read_directory(directory)
-  tensors = {name: x._replace(read=x.read().copy)
+  tensors = {name: x._replace(read=lambda array=x.read().copy(): array)
              for name, x in tensors.items()}
   tensors["h.0.attn.bias"] = tensors["ln_f.bias"]
   tensors["h.2.attn.masked_bias"] = tensors["ln_f.bias"]
@@ -198,7 +198,7 @@ def test_the_decoder_of_the_whole_gemma3(prefix, tmp_path):
       architectures=["Gemma3ForConditionalGeneration"])))
   rename(directory, lambda name: name.replace("model.", prefix, 1))
   vision = shards.read_directory(directory)
-  vision = {name: x._replace(read=x.read().copy) for name, x in vision.items()}
+  vision = {name: x._replace(read=lambda array=x.read().copy(): array) for name, x in vision.items()}
   some = next(iter(vision.values()))
   vision["vision_tower.vision_model.a"] = some
   vision["multi_modal_projector.b"] = some
@@ -213,7 +213,7 @@ def test_a_copy_of_tied_embeddings_is_left_out(tmp_path):
   directory = saved(tmp_path)
   expected = jaxlm.load(directory)
   tensors = shards.read_directory(directory)
-  tensors = {name: x._replace(read=x.read().copy)
+  tensors = {name: x._replace(read=lambda array=x.read().copy(): array)
              for name, x in tensors.items()}
   tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
   shards.write_directory(directory, tensors)
