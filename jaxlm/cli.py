@@ -50,11 +50,13 @@ def _add_convert(commands):
       commands, "convert", _convert, "rewrite a checkpoint in another format",
       "  jaxlm convert Qwen3-0.6B qwen3\n"
       "  jaxlm convert gpt-oss-20b/original gpt-oss-20b-hf --to hf\n"
-      "  jaxlm convert qwen3 qwen3-float32 --to hf --dtype float32\n\n"
+      "  jaxlm convert qwen3 qwen3-float32 --to hf --dtype float32\n"
+      "  jaxlm convert Mixtral-8x7B mixtral --quantize-experts mxfp4\n"
+      "  jaxlm convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2\n\n"
       "Tensors go through one at a time: a few times the largest of them must\n"
       "fit into memory, not the model. DST appears when all is written.")
   command.add_argument("source", metavar="SRC",
-                       help="a directory in any of the formats")
+                       help="a directory in any of the formats, or a GGUF file")
   command.add_argument("destination", metavar="DST", help="a new directory")
   command.add_argument(
       "--to", default="native", choices=("native", "hf", "openai"),
@@ -62,6 +64,10 @@ def _add_convert(commands):
   command.add_argument(
       "--dtype", choices=("float32", "bfloat16", "float16"),
       help="of the weights (default: as they are stored)")
+  command.add_argument(
+      "--quantize-experts", metavar="KIND", choices=("mxfp4", "int8", "fp8"),
+      help="mxfp4, int8 or fp8: the matrices of the experts, with the error of "
+      "each in the end")
 
 
 def _add_inspect(commands):
@@ -69,15 +75,19 @@ def _add_inspect(commands):
       commands, "inspect", _inspect, "show what a checkpoint holds",
       "  jaxlm inspect Qwen3-0.6B")
   command.add_argument("source", metavar="SRC",
-                       help="a directory in any of the formats")
+                       help="a directory in any of the formats, or a GGUF file")
 
 
 def _convert(args):
   # jax takes a second to import: not for --help.
   import dataclasses
   from jaxlm.convert import formats
+  from jaxlm.convert.quantized import quantize_experts
   from jaxlm.convert.tensors import cast
   source = formats.read(args.source)
+  errors = {}
+  if args.quantize_experts:
+    source = quantize_experts(source, args.quantize_experts, errors.__setitem__)
   source = dataclasses.replace(source, tensors=cast(source.tensors, args.dtype))
   with rich.progress.Progress(
       "[progress.description]{task.description}", rich.progress.BarColumn(),
@@ -87,6 +97,9 @@ def _convert(args):
     task = progress.add_task("writing", total=source.nbytes)
     formats.write(source, args.destination, args.to,
                   lambda nbytes: progress.advance(task, nbytes))
+  for path, error in errors.items():
+    print(f"{path}: error {error.relative_rms:.3%} (root mean square), at most "
+          f"{error.largest:.3g}")
   print(f"{args.destination}: {source.nbytes / 1e9:.2f} GB, {source.dtype}")
 
 

@@ -16,6 +16,7 @@ from jaxlm.convert.tensors import cast, check, of_array
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.decode.generate import generate
 from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
+from jaxlm.quant import KINDS, quantized_leaves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,10 +92,10 @@ def _logits(config, params, tokens_BT, execution):
 
 
 def load(path, dtype: str | None = "bfloat16") -> LM:
-  """Loads a checkpoint: Hugging Face's or OpenAI's layout, or jaxlm's own.
+  """Loads a checkpoint: Hugging Face's or OpenAI's layout, GGUF, jaxlm's own.
 
   Args:
-    path: of its directory.
+    path: of its directory, or of a GGUF file.
     dtype: "bfloat16", "float32", "float16", or None: as it is stored. Packed
       experts stay packed.
 
@@ -110,7 +111,18 @@ def load(path, dtype: str | None = "bfloat16") -> LM:
     for parent in parents:
       node = node.setdefault(parent, {})
     node[leaf] = jnp.array(tensor.read())  # A copy: files may change.
-  return LM(checkpoint.config, params, checkpoint.about, checkpoint.files)
+  return LM(checkpoint.config, _with_leaves(params), checkpoint.about,
+            checkpoint.files)
+
+
+def _with_leaves(node):
+  """Parts of quantized leaves as these leaves."""
+  if not isinstance(node, dict):
+    return node
+  kinds = {KINDS.get(name) for name in node}
+  if len(kinds) == 1 and None not in kinds:
+    return kinds.pop()(**node)
+  return {name: _with_leaves(child) for name, child in node.items()}
 
 
 def save(lm: LM, path: str | pathlib.Path, format: str = "native") -> None:
@@ -125,9 +137,7 @@ def save(lm: LM, path: str | pathlib.Path, format: str = "native") -> None:
   """
   leaves = {name: of_array(leaf) for name, leaf in named_leaves(
       per_layer(lm.config, lm.params)).items()}
-  shapes = leaf_shapes(lm.config, frozenset(
-      name.removesuffix("/blocks") for name in leaves
-      if name.endswith("/blocks")))
+  shapes = leaf_shapes(lm.config, quantized_leaves(leaves))
   check("the parameters", shapes, leaves)
   formats.write(Checkpoint(lm.config, {name: leaves[name] for name in shapes},
                            lm.about, lm.files), path, format)

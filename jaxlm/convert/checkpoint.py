@@ -2,13 +2,13 @@
 import dataclasses
 import functools
 import re
-import types
 
 import jax
 
 from jaxlm.config import ModelConfig
-from jaxlm.convert.tensors import PACKED, Tensor
+from jaxlm.convert.tensors import Tensor
 from jaxlm.model.transformer import init_params, per_layer
+from jaxlm.quant import KINDS, MXFP4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,25 +31,37 @@ class Checkpoint:
   def dtype(self) -> str:
     """That of most values which are floats."""
     sizes = {}
-    for tensor in self.tensors.values():
-      if tensor.dtype != "uint8":
+    for path, tensor in self.tensors.items():
+      if path.rpartition("/")[2] not in KINDS:
         name = str(tensor.dtype)
         sizes[name] = sizes.get(name, 0) + tensor.nbytes
     return max(sizes, key=sizes.get)
 
 
-@functools.lru_cache(maxsize=16)
-def leaf_shapes(config: ModelConfig, packed: frozenset[str] = frozenset()
-                ) -> types.MappingProxyType[str, tuple[int, ...]]:
+def leaf_shapes(config: ModelConfig,
+                quantized: dict | None = None) -> dict[str, tuple[int, ...]]:
   """Shapes of the leaves of the per-layer parameters, by path.
 
   Args:
-    packed: paths of leaves that are in MXFP4. Of one [E, in, out] the blocks
-      are [E, out, in / 32, 16] and the scales [E, out, in / 32].
+    quantized: the kinds of leaves that are, by path (`quantized_leaves`); in
+      place of each there are its parts.
 
   Raises:
     ValueError: the sizes are absurd; tracing such a model would not end.
   """
+  shapes, quantized = {}, quantized or {}
+  for path, shape in _dense_shapes(config).items():
+    if path not in quantized:
+      shapes[path] = shape
+      continue
+    kind = quantized[path]
+    for name, part in zip(kind.PARTS, kind.part_shapes(shape), strict=True):
+      shapes[f"{path}/{name}"] = part
+  return shapes
+
+
+@functools.lru_cache(maxsize=16)
+def _dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   experts = config.moe.num_experts if config.moe else 0
   largest = max(config.vocab_size, config.d_model, experts)
   if config.num_layers > 1024 or largest > 2 ** 20:
@@ -58,27 +70,19 @@ def leaf_shapes(config: ModelConfig, packed: frozenset[str] = frozenset()
         f"{config.d_model} and vocabulary {config.vocab_size} is of no model")
   tree = jax.eval_shape(lambda key: per_layer(config, init_params(config, key)),
                         jax.random.key(0))
-  shapes = {}
-  for path, leaf in sorted(named_leaves(tree).items(), key=_in_order):
-    if path not in packed:
-      shapes[path] = leaf.shape
-      continue
-    *experts, d_in, d_out = leaf.shape
-    scales = (*experts, d_out, d_in // 32)
-    for name, shape in zip(PACKED, ((*scales, 16), scales), strict=True):
-      shapes[f"{path}/{name}"] = shape
-  return types.MappingProxyType(shapes)  # Not to be changed: it is kept.
+  return {path: leaf.shape for path, leaf
+          in sorted(named_leaves(tree).items(), key=_in_order)}
 
 
-def packed_leaves(config: ModelConfig, rules, theirs) -> frozenset[str]:
-  """Paths of the leaves that a format's tensors hold in MXFP4."""
-  packed = set()
+def packed_leaves(config: ModelConfig, rules, theirs) -> dict:
+  """The leaves that a format's tensors hold in MXFP4, with that kind."""
+  packed = {}
   for rule in rules:
     path, _, part = rule.ours[0].rpartition("/")
     if part == "blocks":
-      packed |= {path.format(layer=i) for i in range(config.num_layers)
+      packed |= {path.format(layer=i): MXFP4 for i in range(config.num_layers)
                  if rule.theirs[0].format(layer=i) in theirs}
-  return frozenset(packed)
+  return packed
 
 
 def named_leaves(tree) -> dict:

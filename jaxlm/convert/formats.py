@@ -2,11 +2,12 @@
 import pathlib
 from collections.abc import Callable
 
-from jaxlm.convert import files, huggingface, native, openai
+from jaxlm.convert import files, gguf, huggingface, native, openai
 from jaxlm.convert.checkpoint import Checkpoint
 
 # Each recognizes(path), and reads and writes a checkpoint.
 FORMATS = {"native": native, "hf": huggingface, "openai": openai}
+_READ_ONLY = {"gguf": gguf}
 
 
 def format_of(path) -> str:
@@ -18,13 +19,13 @@ def format_of(path) -> str:
   path = pathlib.Path(path).expanduser()
   if not path.exists():
     raise ValueError(f"{path} does not exist")
-  for name, module in FORMATS.items():
+  for name, module in (FORMATS | _READ_ONLY).items():
     if module.recognizes(path):
       return name
   raise ValueError(
       f"{path} is no checkpoint: expected a directory with a config.json and "
       "*.safetensors (Hugging Face's or OpenAI's layout) or with what "
-      "jaxlm.save wrote")
+      "jaxlm.save wrote, or a GGUF file")
 
 
 def read(path) -> Checkpoint:
@@ -35,7 +36,7 @@ def read(path) -> Checkpoint:
     NotImplementedError: its config asks for what is not supported.
   """
   path = pathlib.Path(path).expanduser()
-  return FORMATS[format_of(path)].read(path)
+  return (FORMATS | _READ_ONLY)[format_of(path)].read(path)
 
 
 def write(checkpoint: Checkpoint, path, format: str = "native",

@@ -14,6 +14,7 @@ from jaxlm.convert.rules import Rule, bind, to_ours
 from jaxlm.convert.tensors import Tensor
 from jaxlm.families.hf_config import KEPT
 from jaxlm.model.rope import frequencies
+from jaxlm.quant import MXFP4
 
 # Larger sizes are in no model, and three of them would overflow a shape.
 _LARGEST = 2 ** 20
@@ -49,7 +50,7 @@ def read(path: pathlib.Path) -> Checkpoint:
       del tensors[name]
       tensors |= dict(zip((f"{name}/blocks", f"{name}/scales"),
                           file.packed[name], strict=True))
-  units = bind(rules, leaf_shapes(config, frozenset(packed)))
+  units = bind(rules, leaf_shapes(config, dict.fromkeys(packed, MXFP4)))
   files = {}
   try:
     files = tokenizer_files(file.metadata)

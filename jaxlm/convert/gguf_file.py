@@ -181,8 +181,9 @@ def _chunks(path, start: int, nbytes: int, block_bytes: int):
 def _read(path, start, nbytes, shape, kind: Kind, dtype) -> np.ndarray:
   result, at = np.empty(math.prod(shape), dtype), 0
   for data in _chunks(path, start, nbytes, gguf.GGML_QUANT_SIZES[kind][1]):
-    values = (data.view(dtype) if kind in _FLOATS
-              else gguf.dequantize(data[None], kind)[0])
+    with np.errstate(all="ignore"):  # a damaged scale may be infinite
+      values = (data.view(dtype) if kind in _FLOATS
+                else gguf.dequantize(data[None], kind)[0])
     result[at:at + len(values)] = values
     at += len(values)
   return result.reshape(shape)

@@ -23,11 +23,13 @@ _SPLITS = {
 
 
 def tokenizer_files(metadata: dict) -> dict[str, bytes]:
-  """tokenizer.json and tokenizer_config.json.
+  """tokenizer.json and tokenizer_config.json, or none if there is none.
 
   Raises:
     ValueError: the tokenizer is damaged or of a kind that is not supported.
   """
+  if metadata.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
+    return {}
   read = _Reader(metadata)
   try:
     tokenizer = build(metadata)

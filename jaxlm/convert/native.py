@@ -14,6 +14,7 @@ from jaxlm.config import ModelConfig, from_dict, to_dict
 from jaxlm.convert import files
 from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes
 from jaxlm.convert.tensors import Tensor, check, read_ahead
+from jaxlm.quant import quantized_leaves
 
 FORMAT = "jaxlm"
 _CHUNK_BYTES = 64 * 2 ** 20
@@ -38,9 +39,7 @@ def read(directory: pathlib.Path) -> Checkpoint:
   params = directory / "params"
   tensors = {str(path.parent.relative_to(params)): _open(path.parent)
              for path in sorted(params.rglob("zarr.json"))}
-  shapes = leaf_shapes(config, frozenset(
-      path.removesuffix("/blocks") for path in tensors
-      if path.endswith("/blocks")))
+  shapes = leaf_shapes(config, quantized_leaves(tensors))
   check(directory, shapes, tensors)
   return Checkpoint(config, {path: tensors[path] for path in shapes},
                     values.get("about", {}), files.text_files(directory))

@@ -1,8 +1,8 @@
 """Named tensors that are read one at a time.
 
 Every format reads into, and writes from, a dict of these. A leaf is named by
-its path in the per-layer parameters, such as layers/0/moe/gate_up; a packed
-one is two tensors, layers/0/moe/gate_up/blocks and .../scales.
+its path in the per-layer parameters, such as layers/0/moe/gate_up; a quantized
+one is two tensors, such as layers/0/moe/gate_up/blocks and .../scales.
 """
 import concurrent.futures
 import itertools
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 
 import ml_dtypes
 import numpy as np
+
+from jaxlm.quant import KINDS, MXFP4
 
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
           "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -64,7 +66,7 @@ def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
       name: (Tensor(tensor.shape, target,
                     lambda name=name, tensor=tensor: read(name, tensor))
              if tensor.dtype in FLOATS.values() and tensor.dtype != target
-             else tensor)
+             and name.rpartition("/")[2] not in KINDS else tensor)
       for name, tensor in tensors.items()}
 
 
@@ -158,18 +160,17 @@ def check(where, expected: dict[str, tuple[int, ...]],
     if found[name].shape != tuple(shape):
       problems.append(f"{name} is {list(found[name].shape)}, expected "
                       f"{list(shape)}")
-    wanted = ((np.dtype(np.uint8),) if name.endswith(PACKED)
-              else tuple(FLOATS.values()))
+    part, wanted = name.rpartition("/")[2], tuple(FLOATS.values())
+    if part in KINDS:
+      wanted = (KINDS[part].PARTS[part],)
+    elif name.endswith(tuple(MXFP4.PARTS)):
+      wanted = (np.dtype(np.uint8),)
     if found[name].dtype not in wanted:
       problems.append(f"{name} is {found[name].dtype}, expected "
                       f"{' or '.join(map(str, wanted))}")
   if problems:
     raise ValueError(f"{where}: the tensors do not fit the config:\n  "
                      + "\n  ".join(problems))
-
-
-# Of a leaf in MXFP4, whose values are two to a byte.
-PACKED = ("blocks", "scales")
 
 
 _NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")

@@ -6,3 +6,15 @@ from jaxlm.quant.leaf import (QuantizationError, Quantized, is_quantized,
 from jaxlm.quant.mxfp4 import MXFP4
 
 FORMATS = {"mxfp4": MXFP4, "int8": Int8, "fp8": FP8}
+# The kind of leaf that an array is part of, by the last part of its path.
+KINDS = {part: kind for kind in FORMATS.values() for part in kind.PARTS}
+
+
+def quantized_leaves(paths) -> dict[str, type[Quantized]]:
+  """The leaves whose parts are among these paths, with their kinds."""
+  found = {}
+  for path in paths:
+    leaf, _, part = path.rpartition("/")
+    if part in KINDS:
+      found[leaf] = KINDS[part]
+  return found

@@ -15,7 +15,8 @@ class Quantized:
   jax sees the arrays it consists of (so jit, sharding and checkpoints work).
   Those are numpy's on the host, which then dequantizes without jax.
 
-  Each kind says in `quantize` which blocks it writes, such that quantizing
+  `PARTS` names these arrays with their dtypes, `part_shapes` says their shapes
+  for an array of some shape. Each kind says in `quantize` which blocks it writes, such that quantizing
   what was dequantized gives the same bytes again.
   """
 
@@ -69,13 +70,22 @@ def map_matrices(function, *stacks):
   return tuple(x.reshape((*lead, *x.shape[1:])) for x in results)
 
 
-def finite_rows(w) -> np.ndarray:
-  """A matrix [in, out] as float32 [out, in], if it can be quantized."""
-  w = np.ascontiguousarray(np.asarray(w).T, np.float32)
-  if not np.isfinite(w).all():
-    raise ValueError(f"{np.count_nonzero(~np.isfinite(w))} of {w.size} values "
-                     "are infinite or not a number: they cannot be quantized")
-  return w
+def map_outputs(function, w, step: int) -> tuple[np.ndarray, ...]:
+  """`function` of float32 [out, in] for a matrix [in, out], `step` outputs at
+  a time (as many as a cache holds), its results (a tuple) put together.
+
+  Raises:
+    ValueError: a value is not finite.
+  """
+  results = []
+  for i in range(0, w.shape[1], step):
+    rows = np.ascontiguousarray(w[:, i:i + step].T, np.float32)
+    if not np.isfinite(rows).all():
+      raise ValueError(f"{np.count_nonzero(~np.isfinite(rows))} of {rows.size}"
+                       " values are infinite or not a number: they cannot be "
+                       "quantized")
+    results.append(function(rows))
+  return tuple(map(np.concatenate, zip(*results)))
 
 
 class QuantizationError(typing.NamedTuple):

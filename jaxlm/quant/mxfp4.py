@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.quant.leaf import Quantized, finite_rows, leaf, map_matrices
+from jaxlm.quant.leaf import Quantized, leaf, map_matrices, map_outputs
 
 BLOCK = 32
 # E2M1: sign, two bits of exponent, one of mantissa.
@@ -26,6 +26,7 @@ class MXFP4(Quantized):
   blocks: jax.Array | np.ndarray
   scales: jax.Array | np.ndarray
 
+  PARTS = {"blocks": np.dtype(np.uint8), "scales": np.dtype(np.uint8)}
   dtype = jnp.dtype(jnp.bfloat16)  # holds every value that is not tiny
 
   @property
@@ -41,15 +42,29 @@ class MXFP4(Quantized):
     *lead, dim_out, groups = scales.shape
     return (*lead, groups * BLOCK, dim_out)
 
+  @staticmethod
+  def part_shapes(shape) -> tuple[tuple[int, ...], ...]:
+    if len(shape) < 2 or shape[-2] % BLOCK:
+      raise ValueError(
+          f"an array {tuple(shape)} cannot be MXFP4: expected [..., in, out] "
+          f"with an input dimension that is a multiple of {BLOCK}")
+    *lead, dim_in, dim_out = shape
+    scales = (*lead, dim_out, dim_in // BLOCK)
+    return (*scales, BLOCK // 2), scales
+
   def dequantize(self, dtype=jnp.bfloat16):
-    """[..., in, out], exact in bfloat16 and in float32."""
+    """[..., in, out], exact in bfloat16 and in float32.
+
+    Where arithmetic flushes tiny floats to zero, as XLA's does on a CPU, so
+    do values below 2^-126 and blocks whose scale is 2^-127.
+    """
     dtype, (*lead, dim_in, dim_out) = jnp.dtype(dtype), self.shape
     if isinstance(self.blocks, np.ndarray):
       w, = map_matrices(functools.partial(_dequantize, dtype=dtype),
                         self.blocks.reshape(*lead, dim_out, dim_in // 2),
                         self.scales)
     else:
-      w = _dequantize_on_device(self.blocks, self.scales, dtype)
+      w = _dequantize_on_device(self.blocks, self.scales).astype(dtype)
       w = w.reshape(*lead, dim_out, dim_in)
     return w.swapaxes(-1, -2)
 
@@ -65,11 +80,8 @@ class MXFP4(Quantized):
     but not its bytes: they shift to the smallest scale that holds them.
     """
     w = np.asarray(w)
-    if w.ndim < 2 or w.shape[-2] % BLOCK:
-      raise ValueError(
-          f"an array {w.shape} cannot be MXFP4: expected [..., in, out] with "
-          f"an input dimension that is a multiple of {BLOCK}")
-    return cls(*map_matrices(_quantize, w))
+    cls.part_shapes(w.shape)  # refuses what cannot be
+    return cls(*map_matrices(lambda w: map_outputs(_quantize, w, 32), w))
 
 
 @functools.cache
@@ -91,38 +103,34 @@ def _dequantize(blocks, scales, *, dtype: np.dtype) -> tuple[np.ndarray]:
   return _pairs(dtype)[index].view(dtype).reshape(len(scales), -1),
 
 
-def _dequantize_on_device(blocks, scales, dtype):
-  """[..., in / 32, 16] and [..., in / 32] to [..., in / 32, 32].
+def _dequantize_on_device(blocks, scales):
+  """[..., in / 32, 16] and [..., in / 32] to float32 [..., in / 32, 16, 2].
 
-  Made of integers, not multiplied: some platforms flush tiny floats to zero.
+  Arithmetic throughout: accelerators are slow at looking up.
   """
-  if dtype == jnp.bfloat16:
-    wide, unsigned, mantissa = jnp.bfloat16, jnp.uint16, 7
-  else:
-    wide, unsigned, mantissa = jnp.float32, jnp.uint32, 23
-  nibble = jnp.stack([blocks & 15, blocks >> 4], -1)
-  nibble = nibble.reshape(*scales.shape, BLOCK).astype(unsigned)
-  magnitude, scale = nibble & 7, scales.astype(unsigned)[..., None]
-  # In steps of the one bit of mantissa, up to infinity; 0.5 has no such bit.
-  steps = 2 * scale + magnitude - jnp.where(magnitude == 1, 3, 2).astype(
-      unsigned)
-  bits = jnp.minimum(steps, 510) << (mantissa - 1)
-  bits = jnp.where(magnitude == 0, 0, bits)
-  bits = jnp.where((scale < 2) & (magnitude < 4),  # subnormal
-                   magnitude << scale << (mantissa - 2), bits)
-  bits = jnp.where(scale == 255, 511 << (mantissa - 1), bits)
-  bits |= (nibble & 8) << (mantissa + 5)
-  return jax.lax.bitcast_convert_type(bits.astype(unsigned),
-                                      wide).astype(dtype)
+  def as_float(bits):
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.float32)
+
+  nibble = (blocks[..., None] >> jnp.array([0, 4], jnp.uint8)).astype(
+      jnp.uint32)
+  magnitude = nibble & 7
+  # 252 << 22 is 0.5 and each step one more half of an exponent, after 1.
+  bits = jnp.where(magnitude == 0, 0,
+                   (magnitude + 252 - (magnitude == 1)) << 22)
+  scale = scales.astype(jnp.uint32)
+  scale = as_float(jnp.where(scale == 0, 1 << 22, scale << 23))
+  scale = jnp.where(scales == 255, jnp.nan, scale)
+  return as_float(bits | (nibble & 8) << 28) * scale[..., None, None]
 
 
 def _quantize(w) -> tuple[np.ndarray, np.ndarray]:
-  """[in, out] to blocks [out, in / 32, 16] and scales [out, in / 32]."""
-  w = finite_rows(w)
+  """[out, in] to blocks [out, in / 32, 16] and scales [out, in / 32]."""
   w = w.reshape(len(w), -1, BLOCK)
-  _, exponent = np.frexp(np.abs(w).max(-1))  # of 0.5 <= fraction < 1
-  scale = np.where(w.any(-1), np.maximum(exponent - 3, -127), -127)
-  y = np.ldexp(np.abs(w), -scale[..., None])
+  y = np.abs(w)
+  largest = y.max(-1)
+  _, exponent = np.frexp(largest)  # of a fraction in [0.5, 1)
+  scale = np.where(largest > 0, np.maximum(exponent - 3, -127), -127)
+  y *= np.ldexp(np.float32(1), -scale)[..., None]
   # The steps between codes are 0.5 below 2, 1 below 4, then 2.
   code = np.rint(2 * y)
   np.minimum(code, np.rint(y) + 2, out=code)

@@ -56,8 +56,8 @@ def logits_of(execution, params):
   return logits(CONFIG, params, hidden)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("kind, scan_layers", [
+    ("mxfp4", True), ("mxfp4", False), ("int8", False), ("fp8", False)])
 def test_logits_equal_those_of_the_dequantized_model(kind, scan_layers):
   execution = Execution(scan_layers=scan_layers)
   quantized, plain = models(kind)
@@ -80,9 +80,8 @@ def cached_logits(execution, params):
   return jnp.stack(results, 1)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_decode_equals_the_dequantized_model(kind):
-  quantized, plain = models(kind)
+def test_decode_equals_the_dequantized_model():
+  quantized, plain = models("mxfp4")
   run = quick_jit(cached_logits)
   ours = run(Execution(), quantized)
   assert_close(ours, run(Execution(), plain), 1e-5)

@@ -32,7 +32,7 @@ def assert_same_bytes(a, b):
 def test_int8_comes_back_byte_for_byte_from_float32(w):
   leaf = Int8.quantize(w)
   assert_same_bytes(Int8.quantize(leaf.dequantize("float32")), leaf)
-  assert (np.abs(leaf.values) <= 127).all()
+  assert (np.abs(leaf.integers) <= 127).all()
   step = np.abs(w).max(1, keepdims=True) / 127 * (1 + 2.0 ** -15)
   step = np.maximum(step.astype(np.float64), 2.0 ** -126)
   assert (np.abs(w - leaf.dequantize("float32")) <= step / 2 * 1.0001).all()
@@ -53,7 +53,7 @@ def test_fp8_has_the_smallest_scale_that_does_not_saturate():
   for largest, scale in ((448, 1), (464, 1), (464.1, 2), (465, 2), (232.1, 1),
                          (232, 0.5), (1, 2 ** -8)):
     leaf = FP8.quantize(np.full((1, 1), largest, np.float32))
-    assert leaf.scales.item() == scale, largest
+    assert leaf.block_scales.item() == scale, largest
     assert abs(leaf.dequantize("float32").item() / largest - 1) < 1 / 16
 
 
