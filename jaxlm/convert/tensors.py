@@ -41,8 +41,14 @@ def of_array(array) -> Tensor:
                 lambda: np.asarray(array))
 
 
+_AS_THEY_ARE = (*KINDS, "balance_bias")
+
+
 def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
   """The same tensors, floating ones in another dtype (None: as they are).
+
+  Balance biases stay as they are: a router's choice is by sums with them that
+  differ by less than a short float tells apart.
 
   Raises:
     ValueError: an unknown dtype now; a value too large for it when read.
@@ -66,7 +72,7 @@ def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
       name: (Tensor(tensor.shape, target,
                     lambda name=name, tensor=tensor: read(name, tensor))
              if tensor.dtype in FLOATS.values() and tensor.dtype != target
-             and name.rpartition("/")[2] not in KINDS else tensor)
+             and name.rpartition("/")[2] not in _AS_THEY_ARE else tensor)
       for name, tensor in tensors.items()}
 
 
