@@ -50,7 +50,7 @@ def leaf_shapes(config: ModelConfig,
     ValueError: the sizes are absurd; tracing such a model would not end.
   """
   shapes, quantized = {}, quantized or {}
-  for path, shape in _array_shapes(config):
+  for path, shape in _dense_shapes(config).items():
     if path not in quantized:
       shapes[path] = shape
       continue
@@ -61,8 +61,7 @@ def leaf_shapes(config: ModelConfig,
 
 
 @functools.lru_cache(maxsize=16)
-def _array_shapes(config: ModelConfig) -> tuple[tuple[str, tuple], ...]:
-  """`leaf_shapes` of a model with no leaf quantized."""
+def _dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   experts = config.moe.num_experts if config.moe else 0
   largest = max(config.vocab_size, config.d_model, experts)
   if config.num_layers > 1024 or largest > 2 ** 20:
@@ -71,8 +70,8 @@ def _array_shapes(config: ModelConfig) -> tuple[tuple[str, tuple], ...]:
         f"{config.d_model} and vocabulary {config.vocab_size} is of no model")
   tree = jax.eval_shape(lambda key: per_layer(config, init_params(config, key)),
                         jax.random.key(0))
-  return tuple((path, leaf.shape) for path, leaf in sorted(
-      named_leaves(tree).items(), key=_in_order))
+  return {path: leaf.shape for path, leaf
+          in sorted(named_leaves(tree).items(), key=_in_order)}
 
 
 def packed_leaves(config: ModelConfig, rules, theirs) -> dict:

@@ -5,6 +5,7 @@ its path in the per-layer parameters, such as layers/0/moe/gate_up; a quantized
 one is two tensors, such as layers/0/moe/gate_up/blocks and .../scales.
 """
 import concurrent.futures
+import importlib
 import itertools
 import math
 import re
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-from jaxlm.quant import KINDS, MXFP4
 
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
           "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -55,6 +55,7 @@ def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
   if dtype not in FLOATS:
     raise ValueError(f"dtype={dtype!r}: use one of {tuple(FLOATS)}")
   target = FLOATS[dtype]
+  as_they_are = (*_quant().KINDS, "balance_bias")
 
   def read(name, tensor):
     array = tensor.read()
@@ -69,8 +70,7 @@ def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
       name: (Tensor(tensor.shape, target,
                     lambda name=name, tensor=tensor: read(name, tensor))
              if tensor.dtype in FLOATS.values() and tensor.dtype != target
-             and name.rpartition("/")[2] not in ("balance_bias", *KINDS)
-             else tensor)
+             and name.rpartition("/")[2] not in as_they_are else tensor)
       for name, tensor in tensors.items()}
 
 
@@ -152,7 +152,7 @@ def check(where, expected: dict[str, tuple[int, ...]],
     ValueError: some are missing, unexpected, of another shape or of a dtype
       that is no weight's.
   """
-  problems = []
+  problems, quant = [], _quant()
   for title, names in (
       ("missing", [name for name in expected if name not in found]),
       ("unexpected", [name for name in found if name not in expected])):
@@ -165,9 +165,9 @@ def check(where, expected: dict[str, tuple[int, ...]],
       problems.append(f"{name} is {list(found[name].shape)}, expected "
                       f"{list(shape)}")
     part, wanted = name.rpartition("/")[2], tuple(FLOATS.values())
-    if part in KINDS:
-      wanted = (KINDS[part].PARTS[part],)
-    elif name.endswith(tuple(MXFP4.PARTS)):
+    if part in quant.KINDS:
+      wanted = (quant.KINDS[part].PARTS[part],)
+    elif name.endswith(tuple(quant.MXFP4.PARTS)):
       wanted = (np.dtype(np.uint8),)
     if found[name].dtype not in wanted:
       problems.append(f"{name} is {found[name].dtype}, expected "
@@ -175,6 +175,11 @@ def check(where, expected: dict[str, tuple[int, ...]],
   if problems:
     raise ValueError(f"{where}: the tensors do not fit the config:\n  "
                      + "\n  ".join(problems))
+
+
+def _quant():
+  """Needs jax, and the families, which are known without it, need this file."""
+  return importlib.import_module("jaxlm.quant")
 
 
 _NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")

@@ -12,6 +12,7 @@ import jaxlm
 from jaxlm.convert import files, formats, native, openai, shards
 from jaxlm.convert.checkpoint import (Checkpoint, leaf_shapes, named_leaves)
 from jaxlm.convert.tensors import cast, of_array
+from jaxlm.quant import MXFP4
 from reference_models import shrink
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -25,21 +26,21 @@ def gpt_oss(d_model=64, d_ff=32):
       moe=dataclasses.replace(config.moe, expert=expert))
 
 
-def checkpoint_of(config, packed=()):
-  """Random values; of each leaf in `packed`, blocks and scales."""
+def checkpoint_of(config, packed=None):
+  """Random values; of each leaf in `packed`, those of its parts."""
   rng = np.random.default_rng(0)
   return Checkpoint(config, {
       path: of_array(
           rng.integers(0, 256, shape).astype(np.uint8)
           if path.endswith(("/blocks", "/scales"))
           else rng.normal(size=shape).astype(BF16))
-      for path, shape in leaf_shapes(config, frozenset(packed)).items()},
+      for path, shape in leaf_shapes(config, packed).items()},
       {"eos_token_id": 7}, {"tokenizer.json": b"{}"})
 
 
 def packed_leaves(config):
-  return [f"layers/{i}/moe/{name}" for i in range(config.num_layers)
-          for name in ("gate_up", "down")]
+  return {f"layers/{i}/moe/{name}": MXFP4 for i in range(config.num_layers)
+          for name in ("gate_up", "down")}
 
 
 def read_all(tensors):
@@ -57,7 +58,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("name", formats.FORMATS)
 def test_gpt_oss_in_every_layout(name, packed, tmp_path):
   config = gpt_oss()
-  checkpoint = checkpoint_of(config, packed_leaves(config) if packed else ())
+  checkpoint = checkpoint_of(config, packed_leaves(config) if packed else None)
   written = []
   formats.write(checkpoint, tmp_path / "x", name, written.append)
   assert sum(written) == checkpoint.nbytes
