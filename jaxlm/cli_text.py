@@ -64,8 +64,12 @@ def _add_common(command):
 def _load(args):
   """The model, and how its tokens are chosen."""
   # jax takes a second to import: not for --help.
+  import jax
   import jaxlm
+  from jaxlm.data.tokenizers import cache_dir
   from jaxlm.decode import Sampling
+  # The second time, programs need not be compiled.
+  jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
   sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING})
   sampling.checked()
   return jaxlm.load(args.source, args.dtype), sampling
@@ -98,7 +102,7 @@ def generate(args):
     raise ValueError("the prompt is empty: give --prompt or some standard "
                      "input")
   chunks = _chunks(args, lm, tokens, sampling, args.seed, lm.stop_tokens)
-  for text in stream_text(chunks, lm.tokenizer.decode,
+  for text in stream_text(chunks, lm.tokenizer,
                           [_unescaped(stop) for stop in args.stop]):
     print(text, end="", flush=True)
   print()

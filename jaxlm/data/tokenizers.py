@@ -180,7 +180,7 @@ def train_bpe(
     digest.update(len(encoded).to_bytes(8, "big"))
     digest.update(encoded)
   name = f"bpe-{vocab_size}-{digest.hexdigest()[:16]}.json"
-  path = _cache_dir() / "tokenizers" / name
+  path = cache_dir() / "tokenizers" / name
   if not path.exists():
     tokenizer = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE())
     pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel
@@ -253,7 +253,8 @@ class TiktokenTokenizer:
     return sizes
 
 
-def _cache_dir() -> pathlib.Path:
+def cache_dir() -> pathlib.Path:
+  """What can be made again is kept in $JAXLM_CACHE or ~/.cache/jaxlm."""
   chosen = os.environ.get("JAXLM_CACHE")
   return pathlib.Path(chosen or "~/.cache/jaxlm").expanduser()
 

@@ -54,7 +54,7 @@ class TemplateFormat:
     return self._tokenizer.encode_marked(self.text(messages)).tolist()
 
   def pieces(self, chunks: Iterable[Sequence[int]]) -> Iterator[Piece]:
-    for text in stream_text(chunks, self._tokenizer.decode,
+    for text in stream_text(chunks, self._tokenizer,
                             self._stop_strings):
       yield Piece("final", text)
 

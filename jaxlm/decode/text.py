@@ -1,5 +1,5 @@
 """Text from tokens while they come, up to a stop string."""
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import typing
 
 
@@ -13,22 +13,23 @@ class Piece(typing.NamedTuple):
 INCOMPLETE = "\ufffd"
 
 
-def stream_text(chunks: Iterable[Sequence[int]],
-                decode: Callable[[list[int]], str],
+def stream_text(chunks: Iterable[Sequence[int]], tokenizer,
                 stop_strings: Sequence[str] = ()) -> Iterator[str]:
   """The text of tokens that come in chunks, in pieces.
 
   Ends before the stop string that is complete first, of which nothing is shown:
   what may be the beginning of one is held back until that is settled.
 
+  Ids past the tokenizer's vocabulary are no text: models may have more.
+
   Args:
-    decode: token ids to text.
+    tokenizer: with `decode` and `vocab_size`.
   """
   if not all(stop_strings):
     raise ValueError(f"stop_strings={list(stop_strings)}: an empty string "
                      "would stop everything")
   held = ""
-  for piece in _pieces(chunks, decode):
+  for piece in _pieces(chunks, tokenizer):
     held += piece
     found = [(held.find(stop) + len(stop), held.find(stop))
              for stop in stop_strings if stop in held]
@@ -43,15 +44,15 @@ def stream_text(chunks: Iterable[Sequence[int]],
     yield held
 
 
-def _pieces(chunks, decode) -> Iterator[str]:
+def _pieces(chunks, tokenizer) -> Iterator[str]:
   """What each chunk adds to the text.
 
   A token's text depends on those before it (spaces, characters of several
   tokens), so that each chunk is decoded together with the one before.
   """
-  context, waiting = [], []
+  decode, context, waiting = tokenizer.decode, [], []
   for chunk in chunks:
-    waiting += chunk
+    waiting += [i for i in chunk if i < tokenizer.vocab_size]
     before, text = decode(context), decode(context + waiting)
     if text.endswith(INCOMPLETE):
       continue

@@ -12,7 +12,7 @@ def stream(text, cuts, stop_strings=()):
   ids = TOKENIZER.encode(text).tolist()
   edges = [0, *sorted(c % (len(ids) + 1) for c in cuts), len(ids)]
   chunks = [ids[a:b] for a, b in zip(edges, edges[1:])]
-  return list(stream_text(chunks, TOKENIZER.decode, stop_strings))
+  return list(stream_text(chunks, TOKENIZER, stop_strings))
 
 
 @given(text=st.text(alphabet="ab€漢 🙂\n", max_size=20),
@@ -40,9 +40,13 @@ def test_what_cannot_be_a_stop_string_is_shown_at_once():
 
 
 def test_bytes_that_are_no_character_are_shown_in_the_end():
-  assert "".join(stream_text([[0xe2, 0x82]], TOKENIZER.decode)) == "\ufffd"
+  assert "".join(stream_text([[0xe2, 0x82]], TOKENIZER)) == "\ufffd"
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_no_text():
+  assert "".join(stream_text([[72, 999], [105, 260]], TOKENIZER)) == "Hi"
 
 
 def test_an_empty_stop_string_is_refused():
   with pytest.raises(ValueError, match="empty string"):
-    list(stream_text([], TOKENIZER.decode, [""]))
+    list(stream_text([], TOKENIZER, [""]))
