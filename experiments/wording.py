@@ -29,7 +29,9 @@ def size(value: float) -> str:
 
 
 def percent(fraction: float) -> str:
-  return "exactly" if fraction == 0 else f"{100 * fraction:.2g} %"
+  if fraction == 0:
+    return "exactly"
+  return f"{100 * fraction:{'.2g' if fraction < 0.1 else '.0f'}} %"
 
 
 def interval(low: float, high: float) -> str:

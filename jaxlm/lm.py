@@ -19,7 +19,7 @@ from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
 from jaxlm.quant import KINDS, quantized_leaves
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LM:
   """A config with its parameters.
 
@@ -28,7 +28,7 @@ class LM:
   `jaxlm.convert.checkpoint`).
   """
   config: ModelConfig
-  params: dict
+  params: dict = dataclasses.field(repr=False)
   about: dict = dataclasses.field(default_factory=dict)
   files: dict[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
 

@@ -31,7 +31,7 @@ BUDGETS = {
         "speed": {"repeats": 3, "seconds": 0.05, "new_tokens": 32}},
     # About ten minutes on 2 cores.
     "laptop": {
-        "train": {"steps": 200, "eval_every": 40, "checkpoint_every": 50},
+        "train": {"steps": 130, "eval_every": 26, "checkpoint_every": 50},
         "learning_rate": {"base": 6e-3, "reference_d_model": 48}},
     # 25 minutes on one large GPU, by arithmetic and not yet by measurement:
     # 8 arms of 5 seeds, 15 M tokens each, at 25 MFLOP a token are 1.5e16 FLOP,

@@ -1,5 +1,6 @@
 """A checkpoint of any format: what it is of, and its tensors, unread."""
 import dataclasses
+import functools
 import re
 
 import jax
@@ -48,6 +49,19 @@ def leaf_shapes(config: ModelConfig,
   Raises:
     ValueError: the sizes are absurd; tracing such a model would not end.
   """
+  shapes, quantized = {}, quantized or {}
+  for path, shape in _dense_shapes(config).items():
+    if path not in quantized:
+      shapes[path] = shape
+      continue
+    kind = quantized[path]
+    for name, part in zip(kind.PARTS, kind.part_shapes(shape), strict=True):
+      shapes[f"{path}/{name}"] = part
+  return shapes
+
+
+@functools.lru_cache(maxsize=16)
+def _dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   experts = config.moe.num_experts if config.moe else 0
   largest = max(config.vocab_size, config.d_model, experts)
   if config.num_layers > 1024 or largest > 2 ** 20:
@@ -56,16 +70,8 @@ def leaf_shapes(config: ModelConfig,
         f"{config.d_model} and vocabulary {config.vocab_size} is of no model")
   tree = jax.eval_shape(lambda key: per_layer(config, init_params(config, key)),
                         jax.random.key(0))
-  shapes, quantized = {}, quantized or {}
-  for path, leaf in sorted(named_leaves(tree).items(), key=_in_order):
-    if path not in quantized:
-      shapes[path] = leaf.shape
-      continue
-    kind = quantized[path]
-    for name, shape in zip(kind.PARTS, kind.part_shapes(leaf.shape),
-                           strict=True):
-      shapes[f"{path}/{name}"] = shape
-  return shapes
+  return {path: leaf.shape for path, leaf
+          in sorted(named_leaves(tree).items(), key=_in_order)}
 
 
 def packed_leaves(config: ModelConfig, rules, theirs) -> dict:

@@ -5,6 +5,9 @@ its path in the per-layer parameters, such as layers/0/moe/gate_up; a quantized
 one is two tensors, such as layers/0/moe/gate_up/blocks and .../scales.
 """
 import concurrent.futures
+import importlib
+import itertools
+import math
 import re
 import typing
 from collections.abc import Callable, Iterator
@@ -12,7 +15,6 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-from jaxlm.quant import KINDS, MXFP4
 
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
           "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -30,7 +32,7 @@ class Tensor(typing.NamedTuple):
 
   @property
   def nbytes(self) -> int:
-    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+    return math.prod(self.shape) * self.dtype.itemsize
 
 
 def of_array(array) -> Tensor:
@@ -42,6 +44,9 @@ def of_array(array) -> Tensor:
 def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
   """The same tensors, floating ones in another dtype (None: as they are).
 
+  Balance biases stay as they are: a router's choice is by sums with them that
+  differ by less than a short float tells apart.
+
   Raises:
     ValueError: an unknown dtype now; a value too large for it when read.
   """
@@ -50,6 +55,7 @@ def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
   if dtype not in FLOATS:
     raise ValueError(f"dtype={dtype!r}: use one of {tuple(FLOATS)}")
   target = FLOATS[dtype]
+  as_they_are = (*_quant().KINDS, "balance_bias")
 
   def read(name, tensor):
     array = tensor.read()
@@ -64,7 +70,7 @@ def cast(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
       name: (Tensor(tensor.shape, target,
                     lambda name=name, tensor=tensor: read(name, tensor))
              if tensor.dtype in FLOATS.values() and tensor.dtype != target
-             and name.rpartition("/")[2] not in KINDS else tensor)
+             and name.rpartition("/")[2] not in as_they_are else tensor)
       for name, tensor in tensors.items()}
 
 
@@ -146,7 +152,7 @@ def check(where, expected: dict[str, tuple[int, ...]],
     ValueError: some are missing, unexpected, of another shape or of a dtype
       that is no weight's.
   """
-  problems = []
+  problems, quant = [], _quant()
   for title, names in (
       ("missing", [name for name in expected if name not in found]),
       ("unexpected", [name for name in found if name not in expected])):
@@ -159,9 +165,9 @@ def check(where, expected: dict[str, tuple[int, ...]],
       problems.append(f"{name} is {list(found[name].shape)}, expected "
                       f"{list(shape)}")
     part, wanted = name.rpartition("/")[2], tuple(FLOATS.values())
-    if part in KINDS:
-      wanted = (KINDS[part].PARTS[part],)
-    elif name.endswith(tuple(MXFP4.PARTS)):
+    if part in quant.KINDS:
+      wanted = (quant.KINDS[part].PARTS[part],)
+    elif name.endswith(tuple(quant.MXFP4.PARTS)):
       wanted = (np.dtype(np.uint8),)
     if found[name].dtype not in wanted:
       problems.append(f"{name} is {found[name].dtype}, expected "
@@ -171,22 +177,32 @@ def check(where, expected: dict[str, tuple[int, ...]],
                      + "\n  ".join(problems))
 
 
+def _quant():
+  """Needs jax, and the families, which are known without it, need this file."""
+  return importlib.import_module("jaxlm.quant")
+
+
+_NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
+
+
 def summarize(names) -> list[str]:
   """All the names, those that differ only in numbers as one with ranges."""
   groups = {}
   for name in names:
-    groups.setdefault(re.sub(r"\d+", "{}", name), []).append(name)
+    # The text between numbers, and the numbers.
+    parts = _NUMBER.split(name)
+    groups.setdefault(tuple(parts[::2]), []).append((name, parts[1::2]))
   result = []
-  for template, members in groups.items():
-    numbers = [sorted(set(column)) for column in zip(
-        *(map(int, re.findall(r"\d+", name)) for name in members))]
+  for texts, members in groups.items():
+    columns = [sorted(set(map(int, column)))
+               for column in zip(*(numbers for _, numbers in members))]
     whole = all(column == list(range(column[0], column[-1] + 1))
-                for column in numbers)
-    count = np.prod([len(column) for column in numbers], dtype=np.int64)
-    if whole and count == len(members):
-      result.append(template.format(*(
-          f"{{{column[0]}..{column[-1]}}}" if len(column) > 1 else column[0]
-          for column in numbers)))
+                for column in columns)
+    if whole and math.prod(map(len, columns)) == len(members):
+      ranges = [str(column[0]) if len(column) == 1
+                else f"{{{column[0]}..{column[-1]}}}" for column in columns]
+      result.append("".join(itertools.chain.from_iterable(
+          itertools.zip_longest(texts, ranges, fillvalue=""))))
     else:
-      result += members
+      result += [name for name, _ in members]
   return result

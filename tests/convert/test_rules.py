@@ -192,3 +192,5 @@ def test_names_are_summed_up_without_loss():
   assert summarize(names) == ["h.{0..2}.e.{0..10}.w"]
   assert summarize(["x", *names[1:3]]) == ["x", "h.0.e.{1..2}.w"]
   assert summarize([names[0], names[12]]) == ["h.0.e.0.w", "h.1.e.1.w"]
+  for odd in ("{'a': 1}", "h.007", "h.{}", "{0}", "7", "9" * 5000, ""):
+    assert summarize([odd]) == [odd]

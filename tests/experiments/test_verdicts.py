@@ -155,3 +155,10 @@ def test_shared_seeds_leave_failed_runs_out():
   pairs = [NOISE[(i + 2) % 4] - NOISE[(i + 1) % 4] - 0.05 for i in (0, 2, 3)]
   assert analysis.against_baseline["deep"].difference.mean == pytest.approx(
       sum(pairs) / 3)
+
+
+@pytest.mark.parametrize("fraction, text", [
+    (0, "exactly"), (0.00012, "0.012 %"), (0.0349, "3.5 %"), (0.181, "18 %"),
+    (3.0, "300 %")])
+def test_percent(fraction, text):
+  assert wording.percent(fraction) == text

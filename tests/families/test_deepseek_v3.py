@@ -183,7 +183,16 @@ def test_fp8_comes_in_as_bfloat16_without_the_further_layer(tmp_path):
   np.testing.assert_array_equal(
       lm.params["layers"]["4"]["attention"]["kv_a_proj"],
       kept["model.layers.4.self_attn.kv_a_proj_with_mqa.weight"].T)
-  assert lm.params["layers"]["2"]["moe"]["balance_bias"].dtype == np.float32
+
+
+def test_the_balance_bias_is_never_rounded(tmp_path):
+  _, model = reference_models.reference_model("deepseek_v3")
+  model.save_pretrained(tmp_path)
+  moe = jaxlm.load(tmp_path, dtype="bfloat16").params["layers"]["3"]["moe"]
+  assert moe["router"].dtype == "bfloat16"
+  np.testing.assert_array_equal(
+      moe["balance_bias"],
+      model.state_dict()["model.layers.3.mlp.gate.e_score_correction_bias"])
 
 
 @pytest.mark.parametrize("changes, message", [
