@@ -14,9 +14,9 @@ _FLOATS = np.arange(256, dtype=np.uint8).view(
 
 @leaf
 class FP8(Quantized):
-  """floats: float8_e4m3fn [..., out, in]. block_scales: float32 [..., out / 128,
-  in / 128], rounded up (DeepSeek's `weight_scale_inv`), by which floats are
-  multiplied. The last blocks may be smaller.
+  """floats: float8_e4m3fn [..., out, in]. block_scales: float32
+  [..., out / 128, in / 128], rounded up (DeepSeek's `weight_scale_inv`), by
+  which floats are multiplied. The last blocks may be smaller.
   """
   floats: jax.Array | np.ndarray
   block_scales: jax.Array | np.ndarray
@@ -61,10 +61,10 @@ class FP8(Quantized):
   def quantize(cls, w) -> "FP8":
     """Rounds [..., in, out] to the nearest (ties to even).
 
-    A block's scale is the smallest power of two under which its largest
-    magnitude rounds to no more than 448. Every result is exact in bfloat16,
-    and its largest value is then 240 to 448: quantizing again gives the same
-    bytes.
+    A block's scale is the smallest power of two, from 2^-126, under which its
+    largest magnitude rounds to no more than 448. Every result is exact in
+    bfloat16, and the largest is then 240 to 448 times the scale (or that is
+    2^-126): quantizing again gives the same bytes.
     """
     w = np.asarray(w)
     if w.ndim < 2:
@@ -92,7 +92,9 @@ def _quantize(w) -> tuple[np.ndarray, np.ndarray]:
   # 464 is half way from 448 to the next step, and rounds to 448.
   fraction, exponent = np.frexp(largest.astype(np.float64) / 464)
   exponent = np.where(fraction == 0.5, exponent - 1, exponent)
-  # Below 2^-126 a scale is no normal float32.
-  scales = np.ldexp(np.float32(1), np.maximum(exponent, -126))
+  # Below 2^-126 a scale is no normal float32. Zeros have that one too, for
+  # what is tiny becomes zero.
+  exponent = np.where(largest > 0, np.maximum(exponent, -126), -126)
+  scales = np.ldexp(np.float32(1), exponent)
   values = w / _spread(scales, w.shape, np)
   return values.astype(ml_dtypes.float8_e4m3fn), scales

@@ -16,8 +16,8 @@ class Quantized:
   Those are numpy's on the host, which then dequantizes without jax.
 
   `PARTS` names these arrays with their dtypes, `part_shapes` says their shapes
-  for an array of some shape. Each kind says in `quantize` which blocks it writes, such that quantizing
-  what was dequantized gives the same bytes again.
+  for an array of some shape. Each kind says in `quantize` what it writes, such
+  that quantizing what was dequantized gives the same bytes again.
   """
 
   @property

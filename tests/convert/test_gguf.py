@@ -10,6 +10,7 @@ import torch
 
 from gguf_files import small_model, write_model
 from jaxlm.convert import gguf as gguf_format
+from jaxlm.convert.gguf_config import hf_config
 from jaxlm.convert.gguf_file import read_file
 from jaxlm.lm import load, save
 from jaxlm.model.transformer import Execution
@@ -104,7 +105,7 @@ def test_a_model_is_described_by_what_hugging_face_published(tmp_path):
   """Float32 metadata become the numbers that were meant."""
   path = tmp_path / "model.gguf"
   write_model(path, small_model("llama"))
-  values = gguf_format.hf_config(read_file(path))
+  values = hf_config(read_file(path))
   assert values["rms_norm_eps"] == 1e-5 and values["rope_theta"] == 500000.0
   assert values["rope_scaling"] == dict(
       rope_type="llama3", factor=8.0, low_freq_factor=1.0,

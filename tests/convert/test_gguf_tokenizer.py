@@ -120,8 +120,8 @@ def sentencepiece():
   """Metadata of a SentencePiece-like BPE that was trained here."""
   trained = tokenizers.SentencePieceBPETokenizer(fuse_unk=True)
   text = inspect.getsource(json.decoder).split("\n") + TEXTS[:2] * 9
-  trained.train_from_iterator(text, 600, special_tokens=["<unk>", "<s>", "</s>"],
-                              show_progress=False)
+  trained.train_from_iterator(
+      text, 600, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
   model = json.loads(trained.to_str())["model"]
   vocab = sorted(model["vocab"], key=model["vocab"].get)
   learned = ["".join(merge) for merge in model["merges"]]

@@ -73,7 +73,8 @@ TEXT = inspect.getsource(dataclasses.field) + inspect.getdoc(json)
 
 
 def test_tokens_are_those_of_transformers(lm, tokenizer, theirs):
-  texts = [TEXT, inspect.getsource(json), "naïve café 日本語 🙂\r\n\n  It's 3.14!",
+  texts = [TEXT, inspect.getsource(json),
+           "naïve café 日本語 🙂\r\n\n  It's 3.14!",
            "<|im_start|>user\nHi<|im_end|>\n"]
   for text in texts:
     expected = theirs[1](text, add_special_tokens=False).input_ids

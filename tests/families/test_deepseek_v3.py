@@ -139,7 +139,8 @@ def in_fp8(directory, changes=()):
     if w.ndim == 2 and "layers" in name and not name.endswith("gate.weight"):
       packed = FP8.quantize(w.T)
       kept[name] = packed.dequantize().T
-      result[name], result[name + "_scale_inv"] = packed.values, packed.scales
+      result[name] = packed.floats
+      result[name + "_scale_inv"] = packed.block_scales
     else:
       kept[name] = result[name] = w
   for name in list(result):

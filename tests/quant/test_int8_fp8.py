@@ -49,6 +49,13 @@ def test_fp8_comes_back_byte_for_byte(w, dtype):
           + 2.0 ** -130).all()
 
 
+@pytest.mark.parametrize("value", [0.0, 1.519e-42, 1e-40, 1e-38])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_tiny_values_come_back_byte_for_byte(kind, value):
+  leaf = FORMATS[kind].quantize(np.full((32, 3), value, np.float32))
+  assert_same_bytes(FORMATS[kind].quantize(leaf.dequantize("float32")), leaf)
+
+
 def test_fp8_has_the_smallest_scale_that_does_not_saturate():
   for largest, scale in ((448, 1), (464, 1), (464.1, 2), (465, 2), (232.1, 1),
                          (232, 0.5), (1, 2 ** -8)):
