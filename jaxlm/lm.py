@@ -143,7 +143,7 @@ def load(path, dtype: str | None = "bfloat16") -> LM:
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[leaf] = jnp.array(tensor.read())  # A copy: files may change.
+    node[leaf] = jnp.asarray(tensor.read())
   return LM(checkpoint.config, _with_leaves(params), checkpoint.about,
             checkpoint.files)
 

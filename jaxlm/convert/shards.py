@@ -6,7 +6,6 @@ what is in memory at once; a file is a header in JSON and the tensors' bytes.
 import functools
 import json
 import math
-import mmap
 import pathlib
 import struct
 from collections.abc import Callable
@@ -145,18 +144,16 @@ def _parse(path, entries, start: int, size: int) -> dict[str, Tensor]:
 
 
 def _read(path, offset: int, shape, dtype) -> np.ndarray:
-  """A view of the file: its pages are read as they are used."""
-  count = math.prod(shape)
-  if not count:
-    return np.empty(shape, dtype)
-  begin = offset % mmap.ALLOCATIONGRANULARITY
+  # Not mapped: a mapped file that shrinks ends the process without a word.
+  nbytes = math.prod(shape) * dtype.itemsize
   try:
-    with open(path, "rb") as file:
-      pages = mmap.mmap(file.fileno(), begin + count * dtype.itemsize,
-                        access=mmap.ACCESS_READ, offset=offset - begin)
-  except (OSError, ValueError) as error:
+    data = np.fromfile(path, np.uint8, nbytes, offset=offset)
+  except OSError as error:
     raise ValueError(f"{path} cannot be read: {error}") from error
-  return np.frombuffer(pages, dtype, count, begin).reshape(shape)
+  if len(data) < nbytes:
+    raise ValueError(f"{path} cannot be read: it ends {nbytes - len(data)} "
+                     "bytes too early")
+  return data.view(dtype).reshape(shape)
 
 
 def write_directory(directory: pathlib.Path, tensors: dict[str, Tensor],

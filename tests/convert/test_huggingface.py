@@ -9,7 +9,7 @@ import transformers
 import jaxlm
 from jaxlm.convert import formats, huggingface, shards
 from jaxlm.convert.checkpoint import named_leaves
-from jaxlm.convert.tensors import cast
+from jaxlm.convert.tensors import cast, of_array
 import reference_models
 
 TOLERANCE = 1e-4
@@ -126,15 +126,19 @@ def edit_config(directory, **fields):
   path.write_text(json.dumps(values))
 
 
+def rewrite(directory, change):
+  """Puts what `change` makes of a dict of arrays in place of its tensors."""
+  arrays = {name: x.read() for name, x
+            in shards.read_directory(directory).items()}
+  shards.write_directory(directory, {
+      name: of_array(x) for name, x in change(arrays).items()})
+
+
 def rename(directory, change):
   """Gives tensors other names, or takes them away (None)."""
-  tensors = shards.read_directory(directory)
-  renamed = {change(name): x._replace(read=lambda array=x.read().copy(): array)
-             for name, x in tensors.items()}
-  renamed.pop(None, None)
-  for path in directory.glob("*.safetensors*"):
-    path.unlink()
-  shards.write_directory(directory, renamed)
+  rewrite(directory, lambda arrays: {
+      change(name): x for name, x in arrays.items()
+      if change(name) is not None})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -176,12 +180,9 @@ def test_gpt2_without_its_prefix_and_with_masks(tmp_path):
   directory = saved(tmp_path, "gpt2")
   lm = jaxlm.load(directory)
   rename(directory, lambda name: name.removeprefix("transformer."))
-  tensors = shards.read_directory(directory)
-  tensors = {name: x._replace(read=lambda array=x.read().copy(): array)
-             for name, x in tensors.items()}
-  tensors["h.0.attn.bias"] = tensors["ln_f.bias"]
-  tensors["h.2.attn.masked_bias"] = tensors["ln_f.bias"]
-  shards.write_directory(directory, tensors)
+  rewrite(directory, lambda arrays: arrays | {
+      "h.0.attn.bias": arrays["ln_f.bias"],
+      "h.2.attn.masked_bias": arrays["ln_f.bias"]})
   assert_same_tensors(named_leaves(lm.params),
                       named_leaves(jaxlm.load(directory).params))
 
@@ -197,12 +198,8 @@ def test_the_decoder_of_the_whole_gemma3(prefix, tmp_path):
       image_token_index=5, eoi_token_index=6, mm_tokens_per_image=256,
       architectures=["Gemma3ForConditionalGeneration"])))
   rename(directory, lambda name: name.replace("model.", prefix, 1))
-  vision = shards.read_directory(directory)
-  vision = {name: x._replace(read=lambda array=x.read().copy(): array) for name, x in vision.items()}
-  some = next(iter(vision.values()))
-  vision["vision_tower.vision_model.a"] = some
-  vision["multi_modal_projector.b"] = some
-  shards.write_directory(directory, vision)
+  rewrite(directory, lambda arrays: arrays | dict.fromkeys(
+      ("vision_tower.vision_model.a", "multi_modal_projector.b"), np.ones(3)))
   with pytest.warns(UserWarning, match="2 tensors of the part that reads im"):
     whole = jaxlm.load(directory)
   assert whole.config == lm.config
@@ -212,11 +209,8 @@ def test_the_decoder_of_the_whole_gemma3(prefix, tmp_path):
 def test_a_copy_of_tied_embeddings_is_left_out(tmp_path):
   directory = saved(tmp_path)
   expected = jaxlm.load(directory)
-  tensors = shards.read_directory(directory)
-  tensors = {name: x._replace(read=lambda array=x.read().copy(): array)
-             for name, x in tensors.items()}
-  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-  shards.write_directory(directory, tensors)
+  rewrite(directory, lambda arrays: arrays | {
+      "lm_head.weight": arrays["model.embed_tokens.weight"]})
   assert_same_tensors(named_leaves(expected.params),
                       named_leaves(jaxlm.load(directory).params))
 
