@@ -23,8 +23,8 @@ RULES = (
          "D -> D"),
     Rule("layers/{layer}/mlp_norm/scale", "block.{layer}.mlp.norm.scale",
          "D -> D"),
-    Rule(tuple(f"{path}_proj" for path in _QKV), "block.{layer}.attn.qkv.weight",
-         "(N H) D -> D N H", axis=0),
+    Rule(tuple(f"{path}_proj" for path in _QKV),
+         "block.{layer}.attn.qkv.weight", "(N H) D -> D N H", axis=0),
     Rule(tuple(f"{path}_bias" for path in _QKV), "block.{layer}.attn.qkv.bias",
          "(N H) -> N H", axis=0),
     *(Rule(_ATTENTION[0] + ours, _ATTENTION[1] + theirs, pattern)

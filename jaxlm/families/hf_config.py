@@ -124,8 +124,8 @@ class Fields:
   def num_layers(self) -> int:
     number = self("num_hidden_layers")
     if not 0 < number <= _MOST_LAYERS:
-      raise ValueError(f"config.json: num_hidden_layers={number}: expected 1 to "
-                       f"{_MOST_LAYERS}")
+      raise ValueError(f"config.json: num_hidden_layers={number}: expected 1 "
+                       f"to {_MOST_LAYERS}")
     return number
 
   def layer_pattern(self, default: typing.Callable[[int], bool]):

@@ -41,7 +41,8 @@ ODD = {
         sliding_window=131, query_pre_attn_scalar=22,
         tie_word_embeddings=False)),
     "gemma3, cap, biases": (transformers.Gemma3TextConfig, dict(
-        final_logit_softcapping=2.0, sliding_window=131, attention_bias=True, query_pre_attn_scalar=31,
+        final_logit_softcapping=2.0, sliding_window=131,
+        attention_bias=True, query_pre_attn_scalar=31,
         sliding_window_pattern=2)),
     "gpt_oss, no scaling, other clamp": (transformers.GptOssConfig, dict(
         rope_parameters=dict(rope_type="default", rope_theta=5000.0),

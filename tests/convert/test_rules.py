@@ -38,8 +38,8 @@ def assert_both_ways(rules, ours, theirs):
 def test_a_projection_is_transposed_and_split_into_heads():
   theirs = numbers(3 * 5, 7)
   ours = np.einsum("nhd->dnh", theirs.reshape(3, 5, 7))
-  assert_both_ways([Rule("layers/{layer}/q", "h.{layer}.q", "(N H) D -> D N H")],
-                   {"layers/4/q": ours}, {"h.4.q": theirs})
+  rule = Rule("layers/{layer}/q", "h.{layer}.q", "(N H) D -> D N H")
+  assert_both_ways([rule], {"layers/4/q": ours}, {"h.4.q": theirs})
 
 
 def test_gate_and_up_are_stacked():

@@ -190,7 +190,7 @@ def test_what_is_not_supported_is_named(name, fields, message):
     ("llama3.1-8b", dict(rope_scaling={"type": "linear", "factor": "2"}),
      "factor='2'"),
     ("qwen3-0.6b", dict(layer_types=["full_attention"]), "1 entries for num"),
-    ("qwen3-0.6b", dict(num_hidden_layers=10 ** 6), "num_hidden_layers=1000000"),
+    ("qwen3-0.6b", dict(num_hidden_layers=10 ** 6), "layers=1000000"),
     ("qwen3-0.6b", dict(hidden_size=10 ** 12), "no model's is that large"),
     ("gpt2", dict(n_head=7), "n_embd=768 is not a multiple of n_head=7"),
     ("gemma2-27b", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar"),
