@@ -58,6 +58,7 @@ def _add_convert(commands):
       "  jaxlm convert gpt-oss-20b/original gpt-oss-20b-hf --to hf\n"
       "  jaxlm convert qwen3 qwen3-float32 --to hf --dtype float32\n"
       "  jaxlm convert Mixtral-8x7B mixtral --quantize-experts mxfp4\n"
+      "  jaxlm convert gpt-oss-20b floats --to hf --dequantize-experts\n"
       "  jaxlm convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2\n\n"
       "Tensors go through one at a time: a few times the largest of them must\n"
       "fit into memory, not the model. DST appears when all is written.")
@@ -70,7 +71,11 @@ def _add_convert(commands):
   command.add_argument(
       "--dtype", choices=("float32", "bfloat16", "float16"),
       help="of the weights (default: as they are stored)")
-  command.add_argument(
+  experts = command.add_mutually_exclusive_group()
+  experts.add_argument(
+      "--dequantize-experts", action="store_true",
+      help="write packed experts (gpt-oss's MXFP4) as floats")
+  experts.add_argument(
       "--quantize-experts", metavar="KIND", choices=("mxfp4", "int8", "fp8"),
       help="mxfp4, int8 or fp8: the matrices of the experts, with the error of "
       "each in the end")
@@ -88,12 +93,14 @@ def _convert(args):
   # jax takes a second to import: not for --help.
   import dataclasses
   from jaxlm.convert import formats
-  from jaxlm.convert.quantized import quantize_experts
+  from jaxlm.convert.quantized import dequantize_experts, quantize_experts
   from jaxlm.convert.tensors import cast
   source = formats.read(args.source)
   errors = {}
   if args.quantize_experts:
     source = quantize_experts(source, args.quantize_experts, errors.__setitem__)
+  if args.dequantize_experts:
+    source = dequantize_experts(source, args.dtype or "bfloat16")
   source = dataclasses.replace(source, tensors=cast(source.tensors, args.dtype))
   with rich.progress.Progress(
       "[progress.description]{task.description}", rich.progress.BarColumn(),

@@ -1,10 +1,10 @@
-"""Experts quantized on their way from one checkpoint to another."""
+"""Experts quantized, or no longer, from one checkpoint to another."""
 import dataclasses
 import re
 from collections.abc import Callable
 
-from jaxlm.convert.checkpoint import Checkpoint
-from jaxlm.convert.tensors import Tensor
+from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes
+from jaxlm.convert.tensors import FLOATS, Tensor
 from jaxlm.quant import (FORMATS, QuantizationError, quantization_error,
                          quantized_leaves)
 
@@ -40,6 +40,27 @@ def quantize_experts(
   if len(tensors) == len(checkpoint.tensors):
     raise ValueError("the model has no experts to quantize")
   return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def dequantize_experts(checkpoint: Checkpoint,
+                       dtype: str = "bfloat16") -> Checkpoint:
+  """The same checkpoint with floats in place of quantized leaves.
+
+  Raises:
+    ValueError: nothing is quantized.
+  """
+  leaves = quantized_leaves(checkpoint.tensors)
+  if not leaves:
+    raise ValueError("the checkpoint has no quantized experts")
+  tensors, shapes = dict(checkpoint.tensors), leaf_shapes(checkpoint.config)
+  for path, kind in leaves.items():
+    parts = {name: tensors.pop(f"{path}/{name}") for name in kind.PARTS}
+    tensors[path] = Tensor(
+        shapes[path], FLOATS[dtype], lambda kind=kind, parts=parts: kind(
+            **{name: part.read() for name, part in parts.items()}
+        ).dequantize(FLOATS[dtype]))
+  return dataclasses.replace(
+      checkpoint, tensors={path: tensors[path] for path in shapes})
 
 
 def _quantized(path: str, tensor: Tensor, kind, report) -> dict[str, Tensor]:

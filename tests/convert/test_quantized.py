@@ -9,7 +9,7 @@ import pytest
 import jaxlm
 from jaxlm import cli
 from jaxlm.convert import formats
-from jaxlm.convert.quantized import quantize_experts
+from jaxlm.convert.quantized import dequantize_experts, quantize_experts
 from jaxlm.lm import LM, load, save
 from jaxlm.quant import FORMATS, is_quantized, quantization_error
 from reference_models import quick_jit
@@ -74,6 +74,21 @@ def test_the_command_reports_the_errors(source, tmp_path, capsys):
                    "--quantize-experts", "int8"]) == 1
   assert "is quantized already" in capsys.readouterr().err
   assert is_quantized(load(out).params["layers"]["1"]["moe"]["gate_up"])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_dequantized_experts_are_what_was_computed_with(kind, source,
+                                                        tmp_path):
+  packed, floats = tmp_path / "packed", tmp_path / "floats"
+  formats.write(quantize_experts(formats.read(source), kind), packed)
+  assert cli.main(["convert", str(packed), str(floats), "--to", "hf",
+                   "--dequantize-experts", "--dtype", "float32"]) == 0
+  expected = jax.tree.map(lambda x: x.astype("float32"),
+                          load(packed, "float32").params, is_leaf=is_quantized)
+  jax.tree.map(np.testing.assert_array_equal, load(floats, "float32").params,
+               expected)
+  with pytest.raises(ValueError, match="no quantized experts"):
+    dequantize_experts(formats.read(floats))
 
 
 def test_what_cannot_be_quantized_is_named(source):
