@@ -82,7 +82,7 @@ def main():
   parser = argparse.ArgumentParser(
       description=__doc__.split("\n")[0],
       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-  parser.add_argument("--layers", type=int, default=4)
+  parser.add_argument("--layers", type=int, default=4, help="an even number")
   parser.add_argument("--directory", type=pathlib.Path,
                       help="where to write (default: for temporary files)")
   flags = parser.parse_args()
