@@ -1,10 +1,9 @@
 """The commands that write text: `jaxlm generate` and `jaxlm chat`."""
 import argparse
+import dataclasses
 import itertools
 import sys
 import time
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def add_generate(add):
@@ -32,7 +31,7 @@ def add_chat(add):
   command.add_argument("--system", metavar="TEXT",
                        help="what the model is told about its part")
   command.add_argument("--reasoning", choices=("low", "medium", "high"),
-                       default="medium", help="gpt-oss: how long it thinks")
+                       help="gpt-oss: how long it thinks (default: medium)")
   command.add_argument("--thinking", action=argparse.BooleanOptionalAction,
                        help="Qwen3: whether it thinks before it answers")
   command.add_argument("--show-thinking", action="store_true",
@@ -71,7 +70,8 @@ def _load(args):
   from jaxlm.decode import Sampling
   # The second time, programs need not be compiled.
   jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-  sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING})
+  sampling = Sampling(**{field.name: getattr(args, field.name)
+                         for field in dataclasses.fields(Sampling)})
   sampling.checked()
   default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return jaxlm.load(args.source, args.dtype or default), sampling

@@ -15,6 +15,7 @@ from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes, named_leaves
 from jaxlm.convert.tensors import cast, check, of_array
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.decode import Sampling, generate
+from jaxlm.decode.generate import check_tokens
 from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
 from jaxlm.quant import KINDS, quantized_leaves
 
@@ -90,15 +91,7 @@ class LM:
       ValueError: a token is not in the vocabulary, or there are too many.
     """
     tokens_BT = np.asarray(tokens_BT)
-    if (tokens_BT.ndim != 2 or not tokens_BT.size
-        or not np.issubdtype(tokens_BT.dtype, np.integer)):
-      raise ValueError(f"tokens_BT is {tokens_BT.dtype} {tokens_BT.shape}: "
-                       "expected integers [B, T], at least one")
-    low, high = tokens_BT.min(), tokens_BT.max()
-    if low < 0 or high >= self.config.vocab_size:
-      raise ValueError(
-          f"tokens_BT has ids {low}..{high}, outside the vocabulary of "
-          f"{self.config.vocab_size}: is this the model's tokenizer?")
+    check_tokens(self.config, tokens_BT)
     return _logits(self.config, self.params, tokens_BT.astype(np.int32),
                    self.execution)
 

@@ -10,6 +10,7 @@ import tokenizers
 
 import jaxlm
 from jaxlm import cli
+from jaxlm.decode.chat import chat_format
 from jaxlm.lm import LM
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>"
@@ -147,3 +148,18 @@ def test_wrong_usage_exits_with_2(source):
     with pytest.raises(SystemExit) as exit_:
       cli.main(arguments)
     assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("option", [("--reasoning", "low"),
+                                    ("--vocabulary", "x")])
+def test_options_of_another_format_are_refused(source, option, capsys):
+  assert run("chat", source, "--message", "a", *option) == 1
+  assert "chats by a template" in capsys.readouterr().err
+
+
+def test_without_a_tokenizer_the_vocabulary_tells_harmony(tmp_path):
+  lm = LM(dataclasses.replace(CONFIG, vocab_size=201088), {})
+  with pytest.raises(ValueError, match="no such vocabulary file"):
+    chat_format(lm, vocabulary=tmp_path / "absent")
+  with pytest.raises(ValueError, match="neither a thinking switch"):
+    chat_format(lm, thinking=True)

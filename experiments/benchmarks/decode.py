@@ -14,6 +14,7 @@ import gc
 import json
 import pathlib
 import statistics
+import tempfile
 import time
 
 import jax
@@ -126,9 +127,10 @@ def smollm2(path: pathlib.Path, dtype: str):
   def theirs():
     import torch
     import transformers
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name,
-        dtype=getattr(torch, dtype)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+      jaxlm.save(lm, f"{folder}/hf", "hf")
+      return transformers.AutoModelForCausalLM.from_pretrained(
+          f"{folder}/hf", dtype=getattr(torch, dtype)).eval()
 
   return lm.config, lm.params, theirs
 

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from jaxlm.decode.harmony import HarmonyFormat
 from jaxlm.decode.template import TemplateFormat
 
-# The special token by which a tokenizer shows that it is made for harmony.
-HARMONY = "<|channel|>"
+# How a checkpoint shows that it is made for harmony: a special token of its
+# tokenizer or, without one (OpenAI's own layout), the size of the vocabulary.
+HARMONY_TOKEN, HARMONY_SIZE = "<|channel|>", 201088
 
 
 def chat_format(lm, *, thinking: bool | None = None,
-                reasoning: str = "medium", vocabulary=None,
+                reasoning: str | None = None, vocabulary=None,
                 stop_strings: Sequence[str] = ()):
   """The format that a checkpoint's tokenizer asks for.
 
@@ -23,16 +24,23 @@ def chat_format(lm, *, thinking: bool | None = None,
     lm: a `jaxlm.LM`.
     thinking: for templates that know the switch (Qwen3); None is their
       default.
-    reasoning, vocabulary: harmony's (see `HarmonyFormat`).
-    stop_strings: an answer ends before the first of them.
+    reasoning, vocabulary: harmony's alone (see `HarmonyFormat`).
+    stop_strings: for templates; an answer ends before the first of them.
 
   Raises:
-    ValueError: the checkpoint has no tokenizer or no chat template.
+    ValueError: the checkpoint has no tokenizer or no chat template, or its
+      format has no place for an argument.
   """
   tokenizer = lm.tokenizer
-  if (200002 in lm.stop_tokens if tokenizer is None
-      else tokenizer.token_id(HARMONY) is not None):
-    return HarmonyFormat(reasoning, vocabulary)
+  if (lm.config.vocab_size == HARMONY_SIZE if tokenizer is None
+      else tokenizer.token_id(HARMONY_TOKEN) is not None):
+    if thinking is not None or stop_strings:
+      raise ValueError("harmony has neither a thinking switch nor stop "
+                       "strings: use reasoning, and leave them out")
+    return HarmonyFormat(reasoning or "medium", vocabulary)
+  if reasoning is not None or vocabulary is not None:
+    raise ValueError("reasoning and vocabulary are gpt-oss's: this checkpoint "
+                     "chats by a template, leave them out")
   settings = lm.tokenizer_settings
   template = settings.get("chat_template")
   if "chat_template.jinja" in lm.files:

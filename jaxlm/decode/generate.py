@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.decode.sampling import Sampling, sample
-from jaxlm.model.cache import LayerCache, empty_cache
+from jaxlm.model.cache import LatentCache, LayerCache, empty_cache
 from jaxlm.model.transformer import (Execution, forward_with_cache, logits,
                                      per_layer)
 
@@ -29,7 +29,7 @@ class State(typing.NamedTuple):
   done_B: ended by a stop token; such rows repeat it.
   seen_BV: which tokens a row holds, or None without repetition penalty.
   """
-  cache: list[LayerCache]
+  cache: list[LayerCache | LatentCache]
   token_B: jax.Array
   position_B: jax.Array
   done_B: jax.Array
@@ -227,37 +227,43 @@ def decode(config: ModelConfig, params: dict, state: State,
   return jnp.where(late_T, state.token_B[:, None], new_BT), state
 
 
-def _validate(config, tokens_BT, lengths_B, max_new_tokens, stop_tokens):
-  def require(condition, message):
-    if not condition:
-      raise ValueError(message)
+def _require(condition, message: str):
+  if not condition:
+    raise ValueError(message)
 
-  require(tokens_BT.ndim == 2 and tokens_BT.size > 0,
-          f"tokens_BT has shape {tokens_BT.shape}: give at least one prompt "
-          "and one token, [B, T]")
-  require(np.issubdtype(tokens_BT.dtype, np.integer),
-          f"tokens_BT has dtype {tokens_BT.dtype}: give integers")
+
+def check_tokens(config: ModelConfig, tokens_BT: np.ndarray) -> None:
+  """Raises ValueError unless these are a batch of the model's tokens."""
+  _require(tokens_BT.ndim == 2 and tokens_BT.size > 0,
+           f"tokens_BT has shape {tokens_BT.shape}: give at least one prompt "
+           "and one token, [B, T]")
+  _require(np.issubdtype(tokens_BT.dtype, np.integer),
+           f"tokens_BT has dtype {tokens_BT.dtype}: give integers")
   low, high = tokens_BT.min(), tokens_BT.max()
-  require(0 <= low and high < config.vocab_size,
-          f"tokens_BT has ids {low}..{high}, outside the vocabulary of "
-          f"{config.vocab_size}: is this the model's tokenizer?")
+  _require(0 <= low and high < config.vocab_size,
+           f"tokens_BT has ids {low}..{high}, outside the vocabulary of "
+           f"{config.vocab_size}: is this the model's tokenizer?")
+
+
+def _validate(config, tokens_BT, lengths_B, max_new_tokens, stop_tokens):
+  check_tokens(config, tokens_BT)
   batch, length = tokens_BT.shape
-  require(lengths_B.shape == (batch,)
-          and 1 <= lengths_B.min() and lengths_B.max() <= length,
-          f"lengths_B={lengths_B.tolist()}: give {batch} lengths from 1 to "
-          f"{length}")
-  require(max_new_tokens >= 1,
-          f"max_new_tokens={max_new_tokens}: must be at least 1")
+  _require(lengths_B.shape == (batch,)
+           and 1 <= lengths_B.min() and lengths_B.max() <= length,
+           f"lengths_B={lengths_B.tolist()}: give {batch} lengths from 1 to "
+           f"{length}")
+  _require(max_new_tokens >= 1,
+           f"max_new_tokens={max_new_tokens}: must be at least 1")
   # The last new token is never read, so it needs no position.
   needed = int(lengths_B.max()) + max_new_tokens - 1
-  require(not config.max_positions or needed <= config.max_positions,
-          f"a prompt of {lengths_B.max()} tokens and max_new_tokens="
-          f"{max_new_tokens} need {needed} positions, but the model has "
-          f"{config.max_positions}: shorten one of them")
+  _require(not config.max_positions or needed <= config.max_positions,
+           f"a prompt of {lengths_B.max()} tokens and max_new_tokens="
+           f"{max_new_tokens} need {needed} positions, but the model has "
+           f"{config.max_positions}: shorten one of them")
   outside = [token for token in stop_tokens
-             if not 0 <= token < config.vocab_size]
-  require(not outside, f"stop_tokens {outside} are outside the vocabulary of "
-          f"{config.vocab_size}")
-  require(config.moe is None or config.moe.router.kind != "expert_choice",
-          "router.kind='expert_choice' chooses tokens from a whole batch: it "
-          "cannot generate token by token")
+              if not 0 <= token < config.vocab_size]
+  _require(not outside, f"stop_tokens {outside} are outside the vocabulary of "
+           f"{config.vocab_size}")
+  _require(config.moe is None or config.moe.router.kind != "expert_choice",
+           "router.kind='expert_choice' chooses tokens from a whole batch: it "
+           "cannot generate token by token")

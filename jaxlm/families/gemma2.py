@@ -52,14 +52,20 @@ def from_hf_config(values: dict) -> ModelConfig:
           fields, pattern, sliding_window=fields.optional("sliding_window"),
           soft_cap=fields.optional("attn_logit_softcapping", float),
           scale=query_scale(fields)),
+      **around_attention(fields))
+  fields.finish()
+  return config
+
+
+def around_attention(fields: Fields) -> dict:
+  """What Gemma 2 and 3 share of their ModelConfig."""
+  return dict(
       mlp=MLPConfig(fields("intermediate_size"),
                     fields.activation("hidden_activation")),
       norm=NormConfig(eps=fields("rms_norm_eps", float), scale_offset=1.0,
                       placement="pre_and_post"),
       scale_embeddings=True,
       final_soft_cap=fields.optional("final_logit_softcapping", float))
-  fields.finish()
-  return config
 
 
 def to_hf_config(config: ModelConfig) -> dict:

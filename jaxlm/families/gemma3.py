@@ -68,12 +68,7 @@ def from_hf_config(values: dict) -> ModelConfig:
           fields, pattern, fields.rope("full"), rope_sliding,
           sliding_window=fields.optional("sliding_window"), qk_norm=True,
           scale=query_scale(fields)),
-      mlp=MLPConfig(fields("intermediate_size"),
-                    fields.activation("hidden_activation")),
-      norm=NormConfig(eps=fields("rms_norm_eps", float), scale_offset=1.0,
-                      placement="pre_and_post"),
-      scale_embeddings=True,
-      final_soft_cap=fields.optional("final_logit_softcapping", float))
+      **gemma2.around_attention(fields))
   fields.finish()
   return config
 
