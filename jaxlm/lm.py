@@ -17,7 +17,7 @@ from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.decode import Sampling, generate
 from jaxlm.decode.generate import check_tokens
 from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
-from jaxlm.quant import KINDS, quantized_leaves
+from pallas_kernels.quant import KINDS, quantized_leaves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from jaxlm.quant import MXFP4
+from pallas_kernels.quant import MXFP4
 from reference_models import CASES, randomize
 
 ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen2": "qwen2",

@@ -27,7 +27,7 @@ import jaxlm
 from jaxlm.convert import formats
 from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes
 from jaxlm.convert.tensors import Tensor
-from jaxlm.quant import MXFP4
+from pallas_kernels.quant import MXFP4
 
 
 def write_random(directory: pathlib.Path, num_layers: int):

@@ -8,7 +8,7 @@ import jax
 from jaxlm.config import ModelConfig
 from jaxlm.convert.tensors import Tensor
 from jaxlm.model.transformer import init_params, per_layer
-from jaxlm.quant import KINDS, MXFP4
+from pallas_kernels.quant import KINDS, MXFP4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxlm.convert.tensors import Tensor
-from jaxlm.quant.fp8 import BLOCK, FP8
+from pallas_kernels.quant.fp8 import BLOCK, FP8
 
 # Follows a tensor's name in that of its scales, by which it is multiplied.
 _SCALES = "_scale_inv"

@@ -12,7 +12,7 @@ from jaxlm.convert.gguf_tokenizer import tokenizer_files
 from jaxlm.convert.rules import Rule, bind, to_ours
 from jaxlm.convert.tensors import Tensor
 from jaxlm.families.hf_config import KEPT
-from jaxlm.quant import MXFP4
+from pallas_kernels.quant import MXFP4
 
 
 def recognizes(path: pathlib.Path) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind, GGUFValueType as Value
 
 from jaxlm.convert.tensors import Tensor
-from jaxlm.quant import MXFP4
+from pallas_kernels.quant import MXFP4
 
 _FLOATS = {Kind.F32: np.dtype(np.float32), Kind.F16: np.dtype(np.float16),
            Kind.BF16: np.dtype(ml_dtypes.bfloat16)}

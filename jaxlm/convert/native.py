@@ -14,7 +14,7 @@ from jaxlm.config import ModelConfig, from_dict, to_dict
 from jaxlm.convert import files
 from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes
 from jaxlm.convert.tensors import Tensor, check, read_ahead
-from jaxlm.quant import quantized_leaves
+from pallas_kernels.quant import quantized_leaves
 
 FORMAT = "jaxlm"
 _CHUNK_BYTES = 64 * 2 ** 20

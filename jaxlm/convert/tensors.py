@@ -179,7 +179,7 @@ def check(where, expected: dict[str, tuple[int, ...]],
 
 def _quant():
   """Needs jax, and the families, which are known without it, need this file."""
-  return importlib.import_module("jaxlm.quant")
+  return importlib.import_module("pallas_kernels.quant")
 
 
 _NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")

@@ -47,7 +47,7 @@ class Attention(nn.Module):
           q, k, v, cache.k_BKHS.astype(q.dtype), cache.v_BKSH.astype(q.dtype),
           context.positions_BT, cache.positions_BS, **options)
     else:
-      o = windowed_attention(q, k, v, segment_ids_BS=context.segment_ids_BT,
+      o = windowed_attention(q, k, v, segment_ids=context.segment_ids_BT,
                              implementation=self.implementation, **options)
     if cache is not None:
       cache = cache_lib.write(cache, k, v, context.positions_BT)

@@ -29,7 +29,7 @@ def expanded_attention(q_nope_BTNH, q_rope_BTNH, latent_BSR, rope_key_BSH,
   return windowed_attention(
       jnp.concatenate([q_nope_BTNH, q_rope_BTNH], -1),
       jnp.concatenate([k_nope_BSNH, k_rope_BSNH], -1), v_BSNH, window=None,
-      scale=scale, segment_ids_BS=segment_ids_BS,
+      scale=scale, segment_ids=segment_ids_BS,
       implementation=implementation)
 
 

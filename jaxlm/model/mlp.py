@@ -5,16 +5,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import MLPConfig
 from jaxlm.model.layers import fan_in, weight
-
-SWIGLU_ALPHA = 1.702
-
-
-def _clamped_swiglu(gate, up, limit: float):
-  """gpt-oss's SwiGLU: both sides clamped, up shifted by one."""
-  gate = jnp.minimum(gate, limit)
-  up = jnp.clip(up, -limit, limit)
-  return gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
-
+from pallas_kernels.expert_matmul.reference import clamped_swiglu
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -49,7 +40,7 @@ def activate(h, config: MLPConfig):
   else:
     gate, up = jnp.split(h, 2, -1)
   if config.activation == "clamped_swiglu":
-    return _clamped_swiglu(gate, up, config.swiglu_limit)
+    return clamped_swiglu(gate, up, config.swiglu_limit)
   return ACTIVATIONS[config.activation](gate) * up
 
 

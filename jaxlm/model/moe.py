@@ -7,7 +7,7 @@ from jaxlm.config import MoEConfig
 from jaxlm.model.layers import fan_in, weight
 from jaxlm.model.mlp import MLP, activate, mlp_weights
 from jaxlm.model.routing import Routing, RouterOutput, route
-from jaxlm.quant import is_quantized
+from pallas_kernels.quant import is_quantized
 from pallas_kernels.expert_matmul import expert_matmul
 
 
@@ -78,7 +78,7 @@ def _matmul(x_MD, weights, sizes_E, bias_EF, implementation):
     bias_EF = bias_EF.astype(dtype)
   if is_quantized(weights) and len(x_MD) < len(sizes_E):
     return _few_rows(x_MD, weights, sizes_E, bias_EF)
-  return expert_matmul(x_MD, weights.astype(dtype), sizes_E, bias_EF=bias_EF,
+  return expert_matmul(x_MD, weights.astype(dtype), sizes_E, bias=bias_EF,
                        implementation=implementation)
 
 

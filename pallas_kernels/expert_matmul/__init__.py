@@ -3,96 +3,151 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.expert_matmul import blocked, ragged
+from pallas_kernels import platforms
+from pallas_kernels.expert_matmul import ragged, reference, xla
+from pallas_kernels.expert_matmul.options import Options
+from pallas_kernels.quant import is_quantized
 
-IMPLEMENTATIONS = {"blocked": blocked, "ragged": ragged}
+# Each has unsupported(), matmul(), input_gradient() and weight_gradient(), as
+# in xla.py.
+IMPLEMENTATIONS = {"xla": xla, "ragged": ragged}
+# What "auto" takes the first supported one of, by platform.
+PREFERRED = {"cpu": ("xla",), "tpu": ("ragged", "xla"),
+             "gpu": ("ragged", "xla")}
 
 
-def expert_matmul(x_MD, weights_EDF, group_sizes_E, *, bias_EF=None,
-                  implementation: str = "auto"):
+def expert_matmul(x_MD, weights, group_sizes_E, *, bias=None,
+                  swiglu_limit: float | None = None, row_weights_M=None,
+                  implementation: str = "auto", blocks=None, interpret=False):
   """Multiplies each row by the weights of its expert.
 
   Args:
     x_MD: rows sorted by expert, floating point.
-    weights_EDF: one matrix an expert, of x's dtype.
+    weights: one matrix an expert, [E, D, F]: an array of x's dtype, or a
+      quantized leaf (`pallas_kernels.quant`), which is dequantized as it is
+      multiplied.
     group_sizes_E: int32, how many rows each expert has; zeros are fine. Rows
       past their sum give zero.
-    bias_EF: added to each row of its expert.
-    implementation: "blocked" (cost follows the rows on every platform; the
-      CPU's), "ragged" (`jax.lax.ragged_dot`) or "auto", which follows the
-      platform compiled for.
+    bias: [E, F], added to each row of its expert.
+    swiglu_limit: if given, gpt-oss's clamped SwiGLU of columns 0, 2, 4 ...
+      (gate) and 1, 3, 5 ... (up) follows, and the result has F / 2 columns.
+    row_weights_M: multiplies each row of the result, bias included.
+    implementation: "xla" (a loop whose cost follows the rows, on every
+      platform; the CPU's), "ragged" (`jax.lax.ragged_dot`), "pallas-tpu",
+      "pallas-gpu", or "auto": the best one that the platform compiled for
+      supports.
+    blocks: sizes of a Pallas implementation's blocks; None takes those found
+      best for the device compiled for.
+    interpret: runs a Pallas implementation in Pallas's interpreter, on any
+      platform: True, or `pltpu.InterpretParams`.
 
   Returns:
-    [M, F] of x's dtype, summed in float32. Differentiable in x, weights and
-    bias.
+    [M, F] or [M, F / 2], of x's dtype, summed in float32. Differentiable in
+    x, row weights and bias, and in weights that are an array.
 
   Raises:
     ValueError: shapes, dtypes or the implementation do not fit.
+    NotImplementedError: the implementation named does not support these.
   """
-  _validate(x_MD, weights_EDF, group_sizes_E, bias_EF, implementation)
-  return _expert_matmul(implementation, x_MD, weights_EDF,
-                        group_sizes_E, bias_EF)
+  _validate(x_MD, weights, group_sizes_E, bias, swiglu_limit, row_weights_M)
+  options = Options(swiglu_limit, blocks, interpret)
+  name = _choose(implementation, x_MD, weights, options)
+  return _expert_matmul(name, implementation == "auto", options, x_MD, weights,
+                        group_sizes_E, bias, row_weights_M)
 
 
-def _validate(x_MD, weights_EDF, group_sizes_E, bias_EF, implementation):
-  if x_MD.ndim != 2 or weights_EDF.ndim != 3:
-    raise ValueError(f"x {x_MD.shape} and weights {weights_EDF.shape}: "
+def unsupported(implementation: str, x_MD, weights, *, swiglu_limit=None,
+                blocks=None) -> str | None:
+  """Why an implementation cannot do this; None if it can."""
+  return IMPLEMENTATIONS[implementation].unsupported(
+      x_MD, weights, Options(swiglu_limit, blocks))
+
+
+def _validate(x_MD, weights, group_sizes_E, bias, swiglu_limit, row_weights_M):
+  if x_MD.ndim != 2 or weights.ndim != 3:
+    raise ValueError(f"x {x_MD.shape} and weights {weights.shape}: "
                      "expected [M, D] and [E, D, F]")
-  if 0 in (*x_MD.shape, *weights_EDF.shape):
-    raise ValueError(f"x {x_MD.shape} and weights {weights_EDF.shape}: "
+  if 0 in (*x_MD.shape, *weights.shape):
+    raise ValueError(f"x {x_MD.shape} and weights {weights.shape}: "
                      "nothing to multiply")
-  num_experts, dim_in, dim_out = weights_EDF.shape
+  num_experts, dim_in, dim_out = weights.shape
   if x_MD.shape[1] != dim_in:
     raise ValueError(f"x {x_MD.shape} has rows of {x_MD.shape[1]}, weights "
-                     f"{weights_EDF.shape} take rows of {dim_in}")
+                     f"{weights.shape} take rows of {dim_in}")
   if group_sizes_E.shape != (num_experts,):
     raise ValueError(f"group_sizes {group_sizes_E.shape}: expected one size "
                      f"for each of the {num_experts} experts")
   if not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
     raise ValueError(f"group_sizes are {group_sizes_E.dtype}: expected int32")
-  if bias_EF is not None and bias_EF.shape != (num_experts, dim_out):
-    raise ValueError(f"bias {bias_EF.shape}: expected "
-                     f"{(num_experts, dim_out)}")
-  dtypes = {a.dtype for a in (x_MD, weights_EDF)}
-  if len(dtypes) > 1 or not jnp.issubdtype(x_MD.dtype, jnp.floating):
-    raise ValueError(f"x is {x_MD.dtype} and weights are {weights_EDF.dtype}: "
+  if bias is not None and bias.shape != (num_experts, dim_out):
+    raise ValueError(f"bias {bias.shape}: expected {(num_experts, dim_out)}")
+  if row_weights_M is not None and row_weights_M.shape != x_MD.shape[:1]:
+    raise ValueError(f"row_weights {row_weights_M.shape}: expected one for "
+                     f"each of {x_MD.shape[0]} rows")
+  if swiglu_limit is not None and (dim_out % 2 or swiglu_limit <= 0):
+    raise ValueError(f"swiglu_limit={swiglu_limit} and {dim_out} columns: "
+                     "expected a positive limit and pairs of gate and up")
+  if not jnp.issubdtype(x_MD.dtype, jnp.floating) or not (
+      is_quantized(weights) or weights.dtype == x_MD.dtype):
+    raise ValueError(f"x is {x_MD.dtype} and weights are {weights.dtype}: "
                      "cast both to one floating-point dtype")
-  if implementation not in ("auto", *IMPLEMENTATIONS):
+
+
+def _choose(implementation, *args) -> str:
+  if implementation == "auto":
+    return next(name for name in PREFERRED[platforms.platform()]
+                if IMPLEMENTATIONS[name].unsupported(*args) is None)
+  if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r}: use one of "
                      f"{('auto', *IMPLEMENTATIONS)}")
+  if reason := IMPLEMENTATIONS[implementation].unsupported(*args):
+    raise NotImplementedError(f"implementation={implementation!r}: {reason}")
+  return implementation
 
 
-def _run(implementation: str, function: str, *args, **kwargs):
-  if implementation != "auto":
-    return getattr(IMPLEMENTATIONS[implementation], function)(*args, **kwargs)
-  return lax.platform_dependent(
-      *args, cpu=functools.partial(getattr(blocked, function), **kwargs),
-      default=functools.partial(getattr(ragged, function), **kwargs))
+def _run(function, name, auto, *args, **kwargs):
+  run, fallback = (functools.partial(getattr(module, function), **kwargs)
+                   for module in (IMPLEMENTATIONS[name], xla))
+  if not auto or name == "xla":
+    return run(*args)
+  return platforms.on_accelerator(run, fallback, *args)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expert_matmul(implementation, x_MD, weights_EDF, group_sizes_E, bias_EF):
-  return _run(implementation, "matmul", x_MD, weights_EDF, group_sizes_E,
-              bias_EF)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _expert_matmul(name, auto, options, *args):
+  return _run("matmul", name, auto, *args, options=options)
 
 
-def _forward(implementation, x_MD, weights_EDF, group_sizes_E, bias_EF):
-  y_MF = _expert_matmul(implementation, x_MD, weights_EDF, group_sizes_E,
-                        bias_EF)
-  return y_MF, (x_MD, weights_EDF, group_sizes_E, bias_EF)
+def _forward(name, auto, options, *args):
+  return _expert_matmul(name, auto, options, *args), args
 
 
-def _backward(implementation, residuals, dy_MF):
-  x_MD, weights_EDF, group_sizes_E, bias_EF = residuals
-  dx_MD = _run(implementation, "matmul", dy_MF, weights_EDF, group_sizes_E,
-               transposed=True)
-  dw_EDF, db_EF = _run(implementation, "weight_gradient", x_MD, dy_MF,
-                       group_sizes_E, with_bias=bias_EF is not None)
-  if db_EF is not None:
-    db_EF = db_EF.astype(bias_EF.dtype)
-  return dx_MD, dw_EDF.astype(weights_EDF.dtype), None, db_EF
+def _backward(name, auto, options, residuals, dy):
+  x_MD, weights, group_sizes_E, bias, row_weights_M = residuals
+  plain = options._replace(swiglu_limit=None)
+  drow_weights_M = dweights = dbias = None
+  if options.swiglu_limit is not None or row_weights_M is not None:
+    # What the matmul alone gives is computed again rather than kept.
+    h_MF = _run("matmul", name, auto, x_MD, weights, group_sizes_E, bias, None,
+                options=plain)
+    _, vjp = jax.vjp(functools.partial(
+        reference.finish, swiglu_limit=options.swiglu_limit), h_MF,
+        row_weights_M)
+    dy, drow_weights_M = vjp(dy)
+  dx_MD = _run("input_gradient", name, auto, dy, weights, group_sizes_E,
+               options=plain)
+  if is_quantized(weights):
+    if bias is not None:
+      dbias = reference.bias_gradient(dy, group_sizes_E)
+  else:
+    dweights, dbias = _run("weight_gradient", name, auto, x_MD, dy,
+                           group_sizes_E, with_bias=bias is not None,
+                           options=plain)
+    dweights = dweights.astype(weights.dtype)
+  if bias is not None:
+    dbias = dbias.astype(bias.dtype)
+  return dx_MD, dweights, None, dbias, drow_weights_M
 
 
 _expert_matmul.defvjp(_forward, _backward)

@@ -1,14 +1,22 @@
 """Causal grouped-query attention with a sliding window and learned sinks."""
+import functools
+
+import jax
 import jax.numpy as jnp
 
-from pallas_kernels.windowed_attention import chunked, reference
+from pallas_kernels import platforms
+from pallas_kernels.windowed_attention import reference, xla
+from pallas_kernels.windowed_attention.options import Options
 
-IMPLEMENTATIONS = {"chunked": chunked, "reference": reference}
+# Each has unsupported(), forward() and backward(), as in xla.py.
+IMPLEMENTATIONS = {"xla": xla}
+BEST = {}  # by platform, where it is not "xla"
 
 
 def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
-                       soft_cap=None, segment_ids_BS=None, q_offset: int = 0,
-                       implementation: str = "auto"):
+                       soft_cap=None, segment_ids=None, q_offset: int = 0,
+                       implementation: str = "auto", blocks=None,
+                       interpret=False):
   """Attention in which a query sees its last `window` keys.
 
   Args:
@@ -20,10 +28,16 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
     sinks_N: one logit for each query head, unscaled, which joins the softmax
       and carries no value.
     soft_cap: scores become soft_cap * tanh(scores / soft_cap).
-    segment_ids_BS: int32; a query sees keys of its own segment only.
+    segment_ids: int32 [B, S]; a query sees keys of its own segment only.
     q_offset: position of the first query.
-    implementation: "chunked" (work proportional to the band, memory O(T)),
-      "reference" (all T x S scores) or "auto".
+    implementation: "xla" (in chunks, on every platform), "pallas-tpu",
+      "pallas-gpu", "reference" (all T x S scores) or "auto": the best one that
+      the platform compiled for supports. All but the reference do work
+      proportional to the band and need memory O(T), backward too.
+    blocks: sizes of a Pallas implementation's blocks; None takes those found
+      best for the device compiled for.
+    interpret: runs a Pallas implementation in Pallas's interpreter, on any
+      platform: True, or `pltpu.InterpretParams`.
 
   Returns:
     [B, T, N, the values' head_dim] of q's dtype; softmax in float32.
@@ -31,18 +45,69 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
 
   Raises:
     ValueError: shapes, the window or the implementation do not fit.
+    NotImplementedError: the implementation named does not support these.
   """
-  _validate(q_BTNH, k_BSKH, v_BSKH, window, sinks_N, segment_ids_BS, q_offset)
+  _validate(q_BTNH, k_BSKH, v_BSKH, window, sinks_N, segment_ids, q_offset)
   if window is not None and window >= k_BSKH.shape[1]:
     window = None
+  options = Options(window, scale, soft_cap, q_offset, blocks, interpret)
+  if implementation == "reference":
+    return reference.windowed_attention(q_BTNH, k_BSKH, v_BSKH, sinks_N,
+                                        segment_ids, options)
+  best = _choose(implementation, q_BTNH, k_BSKH, v_BSKH, segment_ids, options)
+  return _attention(best, implementation == "auto", options, q_BTNH, k_BSKH,
+                    v_BSKH, sinks_N, segment_ids)
+
+
+def unsupported(implementation: str, q_BTNH, k_BSKH, v_BSKH, *, window, scale,
+                soft_cap=None, segment_ids=None, q_offset: int = 0,
+                blocks=None) -> str | None:
+  """Why an implementation cannot do this; None if it can."""
+  return IMPLEMENTATIONS[implementation].unsupported(
+      q_BTNH, k_BSKH, v_BSKH, segment_ids,
+      Options(window, scale, soft_cap, q_offset, blocks))
+
+
+def _choose(implementation, *args) -> str:
   if implementation == "auto":
-    implementation = "chunked"
+    best = BEST.get(platforms.platform(), "xla")
+    return best if IMPLEMENTATIONS[best].unsupported(*args) is None else "xla"
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r}: use one of "
-                     f"{('auto', *IMPLEMENTATIONS)}")
-  return IMPLEMENTATIONS[implementation].windowed_attention(
-      q_BTNH, k_BSKH, v_BSKH, window=window, scale=scale, sinks_N=sinks_N,
-      soft_cap=soft_cap, segment_ids_BS=segment_ids_BS, q_offset=q_offset)
+                     f"{('auto', *IMPLEMENTATIONS, 'reference')}")
+  if reason := IMPLEMENTATIONS[implementation].unsupported(*args):
+    raise NotImplementedError(f"implementation={implementation!r}: {reason}")
+  return implementation
+
+
+def _run(function, name, auto, *args, options):
+  run = functools.partial(getattr(IMPLEMENTATIONS[name], function),
+                          options=options)
+  if not auto or name == "xla":
+    return run(*args)
+  return platforms.on_accelerator(
+      run, functools.partial(getattr(xla, function), options=options), *args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(name, auto, options, *args):
+  return _run("forward", name, auto, *args, options=options)[0]
+
+
+def _attention_forward(name, auto, options, *args):
+  o, lse_BNT = _run("forward", name, auto, *args, options=options)
+  return o, (*args, o, lse_BNT)
+
+
+def _attention_backward(name, auto, options, residuals, do):
+  *gradients, dsinks_N = _run("backward", name, auto, *residuals, do,
+                              options=options)
+  if dsinks_N is not None:
+    dsinks_N = dsinks_N.astype(residuals[3].dtype)
+  return *gradients, dsinks_N, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKHS, v_BKSH, q_positions_BT,
@@ -72,7 +137,7 @@ def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKHS, v_BKSH, q_positions_BT,
                           own=(k_BTKH, v_BTKH))
 
 
-def _validate(q, k, v, window, sinks_N, segment_ids_BS, q_offset):
+def _validate(q, k, v, window, sinks_N, segment_ids, q_offset):
   if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
     raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected "
                      "[B, T, N, H] and twice [B, S, K, H] (of v the last may "
@@ -92,12 +157,12 @@ def _validate(q, k, v, window, sinks_N, segment_ids_BS, q_offset):
   if sinks_N is not None and sinks_N.shape != (q.shape[2],):
     raise ValueError(f"sinks {sinks_N.shape}: expected one for each of "
                      f"{q.shape[2]} query heads")
-  if segment_ids_BS is not None:
-    if segment_ids_BS.shape != k.shape[:2]:
-      raise ValueError(f"segment_ids {segment_ids_BS.shape}: expected "
+  if segment_ids is not None:
+    if segment_ids.shape != k.shape[:2]:
+      raise ValueError(f"segment_ids {segment_ids.shape}: expected "
                        f"{k.shape[:2]}")
-    if not jnp.issubdtype(segment_ids_BS.dtype, jnp.integer):
-      raise ValueError(f"segment_ids are {segment_ids_BS.dtype}: expected "
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+      raise ValueError(f"segment_ids are {segment_ids.dtype}: expected "
                        "integers")
   if not 0 <= q_offset <= k.shape[1] - q.shape[1]:
     raise ValueError(f"q_offset={q_offset} puts {q.shape[1]} queries past "

@@ -54,15 +54,16 @@ def attend(q_BTNH, k_BKHS, v_BKSH, seen_BTS, *, scale, sinks_N=None,
       *q_BTNH.shape[:3], -1).astype(q_BTNH.dtype)
 
 
-def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
-                       soft_cap=None, segment_ids_BS=None, q_offset=0):
+def windowed_attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS,
+                       options):
   """See the package's `windowed_attention`."""
   num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
+  q_offset = options.q_offset
   q_positions = q_offset + jnp.arange(num_queries)
-  seen_BTS = visible(q_positions, jnp.arange(num_keys), window)[None]
+  seen_BTS = visible(q_positions, jnp.arange(num_keys), options.window)[None]
   if segment_ids_BS is not None:
     q_segment_BT = segment_ids_BS[:, q_offset:q_offset + num_queries]
     seen_BTS &= q_segment_BT[:, :, None] == segment_ids_BS[:, None]
   return attend(q_BTNH, k_BSKH.transpose(0, 2, 3, 1),
-                v_BSKH.transpose(0, 2, 1, 3), seen_BTS, scale=scale,
-                sinks_N=sinks_N, soft_cap=soft_cap)
+                v_BSKH.transpose(0, 2, 1, 3), seen_BTS, scale=options.scale,
+                sinks_N=sinks_N, soft_cap=options.soft_cap)

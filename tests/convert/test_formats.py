@@ -12,7 +12,7 @@ import jaxlm
 from jaxlm.convert import files, formats, native, openai, shards
 from jaxlm.convert.checkpoint import (Checkpoint, leaf_shapes, named_leaves)
 from jaxlm.convert.tensors import cast, of_array
-from jaxlm.quant import MXFP4
+from pallas_kernels.quant import MXFP4
 from reference_models import shrink
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

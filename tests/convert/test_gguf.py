@@ -14,7 +14,7 @@ from jaxlm.convert.gguf_config import hf_config
 from jaxlm.convert.gguf_file import read_file
 from jaxlm.lm import load, save
 from jaxlm.model.transformer import Execution
-from jaxlm.quant import MXFP4
+from pallas_kernels.quant import MXFP4
 from reference_models import (CASES, our_logits, quick_jit,
                               relative_difference)
 

@@ -13,7 +13,7 @@ from gguf_files import finish, small_model, write_model
 from jaxlm.convert import gguf as gguf_format, gguf_file
 from jaxlm.convert.checkpoint import leaf_shapes
 from jaxlm.convert.gguf_file import read_file
-from jaxlm.quant import MXFP4
+from pallas_kernels.quant import MXFP4
 
 Kind = gguf.GGMLQuantizationType
 # Where a block has float16, which must not be infinite or NaN.

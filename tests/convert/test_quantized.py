@@ -11,7 +11,7 @@ from jaxlm import cli
 from jaxlm.convert import formats
 from jaxlm.convert.quantized import dequantize_experts, quantize_experts
 from jaxlm.lm import LM, load, save
-from jaxlm.quant import FORMATS, is_quantized, quantization_error
+from pallas_kernels.quant import FORMATS, is_quantized, quantization_error
 from reference_models import quick_jit
 
 

@@ -16,7 +16,7 @@ from jaxlm import families
 from jaxlm.config import MLPConfig
 from jaxlm.convert import formats
 from jaxlm.model.transformer import per_layer
-from jaxlm.quant import FP8
+from pallas_kernels.quant import FP8
 import reference_models
 from reference_weights import params_of
 

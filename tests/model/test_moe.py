@@ -118,7 +118,7 @@ def output(config, params, x):
 
 
 def blocked(config, params, x):
-  return layer(config, params, x, "blocked")[0]
+  return layer(config, params, x, "xla")[0]
 
 
 @pytest.mark.parametrize("case, function", [

@@ -11,7 +11,7 @@ from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, MoEConfig,
 from jaxlm.model.cache import empty_cache
 from jaxlm.model.transformer import (Execution, forward, forward_with_cache,
                                      init_params, logits, per_layer)
-from jaxlm.quant import FORMATS, is_quantized
+from pallas_kernels.quant import FORMATS, is_quantized
 
 EXPERTS, PER_TOKEN, LENGTH = 13, 3, 41
 CONFIG = ModelConfig(

@@ -12,7 +12,7 @@ from pallas_kernels.expert_matmul import reference
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-IMPLEMENTATIONS = ("blocked", "ragged")
+IMPLEMENTATIONS = ("xla", "ragged")
 
 # Name: (rows, D, F, rows of each expert). Sizes are pairwise distinct, and
 # cases of the same sizes share one compiled program.
@@ -47,7 +47,7 @@ def results(implementation, x, w, sizes, b, dy):
   def function(x, w, b):
     if implementation == "reference":
       return reference.expert_matmul(x, w, sizes, b)
-    return expert_matmul(x, w, sizes, bias_EF=b,
+    return expert_matmul(x, w, sizes, bias=b,
                          implementation=implementation)
   y, vjp = jax.vjp(function, x, w, b)
   return y, *vjp(dy)
@@ -88,7 +88,7 @@ def test_values_and_gradients_are_the_references(case, implementation):
 
 def test_auto_is_what_the_cpu_is_best_at():
   args = inputs(*CASES["uneven"])
-  for a, b in zip(results("auto", *args), results("blocked", *args)):
+  for a, b in zip(results("auto", *args), results("xla", *args)):
     np.testing.assert_array_equal(a, b)
 
 
@@ -131,7 +131,7 @@ def test_any_group_sizes(cuts):
   sizes = [b - a for a, b in zip(edges, edges[1:])]
   sizes.insert(cuts[0] % 5, 0)
   args = inputs(ROWS, D, F, sizes)
-  assert_close(results("blocked", *args), results("reference", *args))
+  assert_close(results("xla", *args), results("reference", *args))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -159,7 +159,7 @@ SPREADS = {
 
 
 @pytest.mark.parametrize("spread, implementation", [
-    *((spread, "blocked") for spread in SPREADS), ("128 experts", "auto")])
+    *((spread, "xla") for spread in SPREADS), ("128 experts", "auto")])
 def test_cost_follows_the_rows_not_the_experts(spread, implementation,
                                                executed_flops):
   sizes = jnp.array(SPREADS[spread], jnp.int32)
@@ -188,15 +188,15 @@ def test_the_count_sees_every_expert_on_every_row(executed_flops):
     (dict(x_MD=jnp.ones((9, 6))), "rows of 6, weights .* take rows of 7"),
     (dict(group_sizes_E=jnp.array([9])), "one size for each of the 2"),
     (dict(group_sizes_E=jnp.array([4., 5.])), "float32: expected int32"),
-    (dict(bias_EF=jnp.ones(5)), r"bias \(5,\): expected \(2, 5\)"),
+    (dict(bias=jnp.ones(5)), r"bias \(5,\): expected \(2, 5\)"),
     (dict(x_MD=jnp.ones((9, 7), jnp.bfloat16)),
      "x is bfloat16 and weights are float32: cast both"),
-    (dict(x_MD=jnp.ones((9, 7), int), weights_EDF=jnp.ones((2, 7, 5), int)),
+    (dict(x_MD=jnp.ones((9, 7), int), weights=jnp.ones((2, 7, 5), int)),
      "floating-point"),
     (dict(implementation="loop"), "implementation='loop': use one of .*auto"),
 ])
 def test_errors_name_the_argument_and_its_values(change, message):
-  arguments = dict(x_MD=jnp.ones((9, 7)), weights_EDF=jnp.ones((2, 7, 5)),
+  arguments = dict(x_MD=jnp.ones((9, 7)), weights=jnp.ones((2, 7, 5)),
                    group_sizes_E=jnp.array([4, 5])) | change
   with pytest.raises(ValueError, match=message):
     expert_matmul(**arguments)

@@ -66,7 +66,7 @@ def results(implementation, options, q, k, v, sinks, segments, do):
   def function(q, k, v, sinks):
     return windowed_attention(
         q, k, v, window=window, scale=0.6,
-        sinks_N=sinks, segment_ids_BS=segments,
+        sinks_N=sinks, segment_ids=segments,
         implementation=implementation, **options)
   o, vjp = jax.vjp(function, q, k, v, sinks)
   return dict(o=o, **dict(zip(("dq", "dk", "dv", "dsinks"), vjp(do))))
@@ -82,7 +82,7 @@ def run(implementation, case, dtype=jnp.float32):
 def test_values_and_gradients_are_the_references(case):
   # Sums of float32 in another order: a few units in the last place of the
   # largest value.
-  found, expected = run("chunked", case), run("reference", case)
+  found, expected = run("xla", case), run("reference", case)
   for name, b in expected.items():
     if b is not None:
       np.testing.assert_allclose(found[name], b, rtol=2e-5, err_msg=name,
@@ -91,7 +91,7 @@ def test_values_and_gradients_are_the_references(case):
 
 @pytest.mark.parametrize("case", ["gpt-oss", "full, capped, segments"])
 def test_bfloat16_has_its_softmax_in_float32(case):
-  found, expected = run("chunked", case, jnp.bfloat16), run("reference", case)
+  found, expected = run("xla", case, jnp.bfloat16), run("reference", case)
   for name, b in expected.items():
     if b is not None:
       # Probabilities, products and results are each rounded to 8 bits.
@@ -113,13 +113,13 @@ def by_the_definition(q, k, v, window, scale, sinks, soft_cap, segments):
   return np.array(rows)
 
 
-@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_the_definition(implementation):
   (q, k, v, sinks, segments), _ = inputs(
       (1, 83, 83, 1, 2, 5), dict(sinks=True, segments=True, v_head_dim=3))
   found = windowed_attention(
       q, k, v, window=11, scale=0.7, sinks_N=sinks, soft_cap=2.0,
-      segment_ids_BS=segments, implementation=implementation)
+      segment_ids=segments, implementation=implementation)
   for n in range(2):
     expected = by_the_definition(
         *(x[0, :, i].astype(np.float64) for x, i in ((q, n), (k, 0), (v, 0))),
@@ -128,7 +128,7 @@ def test_the_definition(implementation):
 
 
 @pytest.mark.parametrize("window", [1, 2, 64, 128, 129, None])
-@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_a_query_sees_its_last_keys_and_itself(window, implementation):
   # With one-hot values the output is the attention weights themselves.
   length = 300
@@ -231,8 +231,8 @@ Q, K = np.ones((1, 5, 6, 4), np.float32), np.ones((1, 7, 2, 4), np.float32)
     (dict(q_BTNH=Q[:, :, :5]), "5 query heads are not a multiple of 2 key"),
     (dict(window=0), "window=0: .* use None"),
     (dict(sinks_N=np.ones(5)), "expected one for each of 6 query heads"),
-    (dict(segment_ids_BS=np.ones((1, 5), int)), r"expected \(1, 7\)"),
-    (dict(segment_ids_BS=np.ones((1, 7))), "float64: expected integers"),
+    (dict(segment_ids=np.ones((1, 5), int)), r"expected \(1, 7\)"),
+    (dict(segment_ids=np.ones((1, 7))), "float64: expected integers"),
     (dict(q_offset=3), "q_offset=3 puts 5 queries past the 7 keys"),
     (dict(q_offset=-1), "q_offset=-1"),
     (dict(implementation="flash"), "implementation='flash': use one of .*auto"),

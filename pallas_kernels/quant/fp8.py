@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxlm.quant.leaf import Quantized, leaf, map_matrices, map_outputs
+from pallas_kernels.quant.leaf import Quantized, leaf, map_matrices, map_outputs
 
 BLOCK = 128
 # Looking up is four times as fast as ml_dtypes' conversion.

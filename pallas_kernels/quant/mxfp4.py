@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.quant.leaf import Quantized, leaf, map_matrices, map_outputs
+from pallas_kernels.quant.leaf import Quantized, leaf, map_matrices, map_outputs
 
 BLOCK = 32
 # E2M1: sign, two bits of exponent, one of mantissa.

@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.expert_matmul import reference
+from pallas_kernels.quant import is_quantized
+
 
 def block_rows(num_rows: int, num_experts: int) -> int:
   """Rows of a block: about an expert's share, at most 256."""
@@ -51,8 +54,25 @@ def _at_size(block: int, rows, compute):
                     [lambda size=size: compute(size) for size in sizes])
 
 
-def matmul(x_MD, weights, group_sizes_E, bias_EF=None, *, transposed=False):
+def unsupported(x_MD, weights, options) -> str | None:
+  return None
+
+
+def matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, options):
+  """[M, D] by [E, D, F] to [M, F], or [M, F / 2] after SwiGLU."""
+  return reference.finish(_matmul(x_MD, weights, group_sizes_E, bias_EF),
+                          row_weights_M, swiglu_limit=options.swiglu_limit)
+
+
+def input_gradient(dy_MF, weights, group_sizes_E, options):
+  """[M, F] by [E, D, F] transposed to [M, D]."""
+  return _matmul(dy_MF, weights, group_sizes_E, transposed=True)
+
+
+def _matmul(x_MD, weights, group_sizes_E, bias_EF=None, *, transposed=False):
   """[M, D] by [E, D, F] ([E, F, D] if transposed) to [M, F]."""
+  if is_quantized(weights):
+    weights = weights.astype(x_MD.dtype)
   num_rows = x_MD.shape[0]
   num_experts, dim = weights.shape[0], weights.shape[1 if transposed else 2]
   block = block_rows(num_rows, num_experts)
@@ -81,7 +101,7 @@ def matmul(x_MD, weights, group_sizes_E, bias_EF=None, *, transposed=False):
   return lax.fori_loop(0, used, body, jnp.zeros((num_rows, dim), x_MD.dtype))
 
 
-def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool):
+def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
   """The gradients of weights [E, D, F] and bias [E, F] (or None), float32."""
   num_rows, dim_in = x_MD.shape
   num_experts, dim_out = group_sizes_E.shape[0], dy_MF.shape[1]

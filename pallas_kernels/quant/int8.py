@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.quant.leaf import Quantized, leaf, map_matrices, map_outputs
+from pallas_kernels.quant.leaf import Quantized, leaf, map_matrices, map_outputs
 
 LARGEST = 127
 

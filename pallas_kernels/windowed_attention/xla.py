@@ -18,15 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.windowed_attention import reference
+from pallas_kernels.windowed_attention.options import Options
 
 MAX_SPANS = 8
-
-
-class Options(typing.NamedTuple):
-  window: int | None
-  scale: float
-  soft_cap: float | None
-  q_offset: int
 
 
 class Span(typing.NamedTuple):
@@ -95,7 +89,7 @@ def _scores(q, k, segment_ids_BS, q_start, k_start, options):
   return jnp.where(seen, s, -jnp.inf), tanh
 
 
-def forward(q, k, v, sinks_KG, segment_ids_BS, options: Options):
+def _forward(q, k, v, sinks_KG, segment_ids_BS, options: Options):
   """The output [B, K, G, T, H] and log of the denominator [B, K, G, T]."""
   *_, num_queries, _ = q.shape
   num_keys = k.shape[2]
@@ -129,7 +123,8 @@ def forward(q, k, v, sinks_KG, segment_ids_BS, options: Options):
   return carry
 
 
-def backward(q, k, v, sinks_KG, segment_ids_BS, o, lse, do, options: Options):
+def _backward(q, k, v, sinks_KG, segment_ids_BS, o, lse, do,
+              options: Options):
   """Gradients of q, k, v and the sinks."""
   num_queries, num_keys = q.shape[3], k.shape[2]
   chunk = chunk_rows(num_queries, options.window)
@@ -172,32 +167,46 @@ def backward(q, k, v, sinks_KG, segment_ids_BS, o, lse, do, options: Options):
   return dq, dk, dv, dsinks_KG
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options, q, k, v, sinks_KG, segment_ids_BS):
-  return forward(q, k, v, sinks_KG, segment_ids_BS, options)[0]
+def _grouped(x_BTNH, num_kv_heads):
+  """[B, T, N, H] as [B, K, G, T, H]."""
+  batch, length, _, head_dim = x_BTNH.shape
+  x = x_BTNH.reshape(batch, length, num_kv_heads, -1, head_dim)
+  return x.transpose(0, 2, 3, 1, 4)
 
 
-def _attention_forward(options, q, k, v, sinks_KG, segment_ids_BS):
-  o, lse = forward(q, k, v, sinks_KG, segment_ids_BS, options)
-  return o, (q, k, v, sinks_KG, segment_ids_BS, o, lse)
+def _ungrouped(x):
+  """[B, K, G, T, H] as [B, T, N, H]."""
+  batch, _, _, length, head_dim = x.shape
+  return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, head_dim)
 
 
-def _attention_backward(options, residuals, do):
-  return *backward(*residuals, do, options), None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
-                       soft_cap=None, segment_ids_BS=None, q_offset=0):
-  """See the package's `windowed_attention`."""
-  batch, num_queries, num_heads, head_dim = q_BTNH.shape
+def _inside(q_BTNH, k_BSKH, v_BSKH, sinks_N):
   num_kv_heads = k_BSKH.shape[2]
-  q = q_BTNH.reshape(batch, num_queries, num_kv_heads, -1, head_dim)
   if sinks_N is not None:
     sinks_N = sinks_N.astype(jnp.float32).reshape(num_kv_heads, -1)
-  o = _attention(Options(window, scale, soft_cap, q_offset),
-                 q.transpose(0, 2, 3, 1, 4), k_BSKH.transpose(0, 2, 1, 3),
-                 v_BSKH.transpose(0, 2, 1, 3), sinks_N, segment_ids_BS)
-  return o.transpose(0, 3, 1, 2, 4).reshape(*q_BTNH.shape[:3], -1)
+  return (_grouped(q_BTNH, num_kv_heads), k_BSKH.transpose(0, 2, 1, 3),
+          v_BSKH.transpose(0, 2, 1, 3), sinks_N)
+
+
+def unsupported(*_) -> str | None:
+  return None
+
+
+def forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS, options: Options):
+  """The output [B, T, N, H] and log of the denominator, float32 [B, N, T]."""
+  o, lse = _forward(*_inside(q_BTNH, k_BSKH, v_BSKH, sinks_N), segment_ids_BS,
+                    options)
+  return _ungrouped(o), lse.reshape(lse.shape[0], -1, lse.shape[-1])
+
+
+def backward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS, o_BTNH, lse_BNT,
+             do_BTNH, options: Options):
+  """Gradients of q, k, v and (float32) the sinks, or None without sinks."""
+  q, k, v, sinks_KG = _inside(q_BTNH, k_BSKH, v_BSKH, sinks_N)
+  o, do = (_grouped(x, k.shape[1]) for x in (o_BTNH, do_BTNH))
+  dq, dk, dv, dsinks = _backward(q, k, v, sinks_KG, segment_ids_BS, o,
+                                 lse_BNT.reshape(q.shape[:-1]), do, options)
+  if dsinks is not None:
+    dsinks = dsinks.reshape(-1)
+  return (_ungrouped(dq), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3),
+          dsinks)

@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from jaxlm.quant import MXFP4
-from jaxlm.quant.mxfp4 import VALUES
+from pallas_kernels.quant import MXFP4
+from pallas_kernels.quant.mxfp4 import VALUES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
-from jaxlm.quant import (FORMATS, FP8, Int8, MXFP4, is_quantized,
+from pallas_kernels.quant import (FORMATS, FP8, Int8, MXFP4, is_quantized,
                          quantization_error)
 
 FLOATS = hnp.arrays(np.float32, (2, 37, 3), elements=st.floats(
