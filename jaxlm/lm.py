@@ -17,7 +17,9 @@ from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.decode import Sampling, generate
 from jaxlm.decode.generate import check_tokens
 from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
-from pallas_kernels.quant import KINDS, quantized_leaves
+from jaxlm.relayout import relayout, relayout_leaf
+from pallas_kernels.platforms import platform
+from pallas_kernels.quant import quantized_leaves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,32 +125,31 @@ def load(path, dtype: str | None = "bfloat16") -> LM:
   Args:
     path: of its directory, or of a GGUF file.
     dtype: "bfloat16", "float32", "float16", or None: as it is stored. Packed
-      experts stay packed.
+      experts stay packed, laid out for the default device (`relayout`).
 
   Raises:
     ValueError: it is none, or damaged, or does not fit its config.
     NotImplementedError: its config asks for what is not supported.
   """
   checkpoint = formats.read(path)
-  params = {}
-  for name, tensor in cast(checkpoint.tensors, dtype).items():
-    *parents, leaf = name.split("/")
+  tensors = cast(checkpoint.tensors, dtype)
+  kinds, params = quantized_leaves(tensors), {}
+  for path in leaf_shapes(checkpoint.config):
+    *parents, name = path.split("/")
+    leaf = (_quantized(checkpoint.config, path, tensors, kinds[path])
+            if path in kinds else tensors[path].read())
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[leaf] = jnp.asarray(tensor.read())
-  return LM(checkpoint.config, _with_leaves(params), checkpoint.about,
-            checkpoint.files)
+    node[name] = jax.tree.map(jnp.asarray, leaf)
+  return LM(checkpoint.config, params, checkpoint.about, checkpoint.files)
 
 
-def _with_leaves(node):
-  """Parts of quantized leaves as these leaves."""
-  if not isinstance(node, dict):
-    return node
-  kinds = {KINDS.get(name) for name in node}
-  if len(kinds) == 1 and None not in kinds:
-    return kinds.pop()(**node)
-  return {name: _with_leaves(child) for name, child in node.items()}
+def _quantized(config, path: str, tensors, kind):
+  """A quantized leaf, on the host, laid out for where it will run."""
+  leaf = kind(**{part: tensors[f"{path}/{part}"].read()
+                 for part in kind.PARTS})
+  return relayout_leaf(config, path.rpartition("/")[2], leaf, platform())
 
 
 def save(lm: LM, path: str | pathlib.Path, format: str = "native") -> None:
@@ -161,8 +162,9 @@ def save(lm: LM, path: str | pathlib.Path, format: str = "native") -> None:
     ValueError: the parameters are not the config's, the format has no place
       for this model, or the path is taken or cannot be written.
   """
-  leaves = {name: of_array(leaf) for name, leaf in named_leaves(
-      per_layer(lm.config, lm.params)).items()}
+  published = relayout(lm.config, per_layer(lm.config, lm.params), "cpu")
+  leaves = {name: of_array(leaf)
+            for name, leaf in named_leaves(published).items()}
   shapes = leaf_shapes(lm.config, quantized_leaves(leaves))
   check("the parameters", shapes, leaves)
   formats.write(Checkpoint(lm.config, {name: leaves[name] for name in shapes},

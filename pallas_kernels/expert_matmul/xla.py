@@ -49,9 +49,11 @@ def matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, options):
                                (1, tile_size))
 
     def rows(i, y_MF):
-      row = jnp.minimum(first + i * block, num_rows - block)
+      new = first + i * block
+      at = jnp.minimum(new, num_rows - block)
 
       def compute(size):
+        row = jnp.minimum(new, num_rows - size)
         y = sum(_dot(lax.dynamic_slice_in_dim(x, row, size, 0), plane,
                      tiles.in_axis)
                 for x, plane in zip(x_planes, planes, strict=True))
@@ -61,10 +63,10 @@ def matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, options):
         if scale is not None:
           scale = lax.dynamic_slice_in_dim(scale, row, size, 0)
         y = finish(y, scale, swiglu_limit=options.swiglu_limit)
-        return _filled(y, block)
+        return _placed(y, row - at, block)
 
-      y = _at_size(block, end - row, compute)
-      return _merge(y_MF, y, row, start // ratio, first + i * block, end)
+      y = _at_size(block, end - new, compute)
+      return _merge(y_MF, y, at, start // ratio, new, end)
 
     return lax.fori_loop(0, -(-(end - first) // block), rows, y_MF)
 
@@ -83,20 +85,21 @@ def input_gradient(dy_MF, weights, group_sizes_E, options):
 
   def tile(dx_planes, planes, expert, start, unseen, first, end):
     def rows(i, dx_planes):
-      row = jnp.minimum(first + i * block, num_rows - block)
+      new = first + i * block
+      at = jnp.minimum(new, num_rows - block)
 
       def compute(size):
-        at = row + jnp.arange(size)
-        mine = (at >= first + i * block) & (at < end)
+        row = jnp.minimum(new, num_rows - size)
+        mine = _between(new, end, row, size)
         dy = lax.dynamic_slice(dy_MF, (row, start), (size, tile_size))
-        dy = jnp.where(mine[:, None] & unseen, dy, 0)
-        return [_filled(_dot(dy, plane, 1 - tiles.in_axis), block)
+        dy = jnp.where(mine & unseen, dy, 0)
+        return [_placed(_dot(dy, plane, 1 - tiles.in_axis), row - at, block)
                 for plane in planes]
 
+      parts = _at_size(block, end - new, compute)
       return [lax.dynamic_update_slice_in_dim(
-          dx, lax.dynamic_slice_in_dim(dx, row, block, 0) + part, row, 0)
-              for dx, part in zip(dx_planes, _at_size(block, end - row, compute),
-                                  strict=True)]
+          dx, lax.dynamic_slice_in_dim(dx, at, block, 0) + part, at, 0)
+              for dx, part in zip(dx_planes, parts, strict=True)]
 
     return lax.fori_loop(0, -(-(end - first) // block), rows, dx_planes)
 
@@ -186,19 +189,24 @@ def _at_size(block: int, rows, compute):
   return lax.switch(index, [lambda size=size: compute(size) for size in sizes])
 
 
-def _filled(y, block: int):
-  """Rows of zeros after those of y, up to a block."""
-  return jnp.pad(y, ((0, block - len(y)), (0, 0)))
+def _placed(y, row, block: int):
+  """Rows of zeros before and after those of y, which are at `row`."""
+  return lax.dynamic_update_slice(jnp.zeros((block, y.shape[1]), y.dtype), y,
+                                  (row, 0))
 
 
-def _merge(total_MF, y, start, column, first, end):
-  """Writes rows `first` ... `end` - 1 of y, which stands at (start, column),
-  in place: rows of other experts are kept."""
-  row = start + jnp.arange(len(y))
-  mine = (row >= first) & (row < end)
-  others = lax.dynamic_slice(total_MF, (start, column), y.shape)
-  y = jnp.where(mine[:, None], y, others)
-  return lax.dynamic_update_slice(total_MF, y, (start, column))
+def _between(first, end, row, count: int):
+  """Which of rows `row`, row + 1 ... are in first ... end - 1, [count, 1]."""
+  rows = row + jnp.arange(count)[:, None]
+  return (rows >= first) & (rows < end)
+
+
+def _merge(total_MF, y, row, column, first, end):
+  """Writes rows `first` ... `end` - 1 of y, which stands at (row, column), in
+  place: rows of other experts are kept."""
+  others = lax.dynamic_slice(total_MF, (row, column), y.shape)
+  y = jnp.where(_between(first, end, row, len(y)), y, others)
+  return lax.dynamic_update_slice(total_MF, y, (row, column))
 
 
 def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
@@ -210,20 +218,17 @@ def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
   x_MD, dy_MF = x_MD.astype(jnp.float32), dy_MF.astype(jnp.float32)
 
   def body(i, gradients):
-    start = jnp.minimum(first[i], num_rows - block)
-
     def compute(size):
-      row = start + jnp.arange(size)
-      mine = (row >= first[i]) & (row < end[i])
-      x = lax.dynamic_slice_in_dim(x_MD, start, size, 0)
-      dy = lax.dynamic_slice_in_dim(dy_MF, start, size, 0)
-      dy = jnp.where(mine[:, None], dy, 0)
+      row = jnp.minimum(first[i], num_rows - size)
+      x = lax.dynamic_slice_in_dim(x_MD, row, size, 0)
+      dy = lax.dynamic_slice_in_dim(dy_MF, row, size, 0)
+      dy = jnp.where(_between(first[i], end[i], row, size), dy, 0)
       dw = lax.dot_general(x, dy, (((0,), (0,)), ((), ())),
                            preferred_element_type=jnp.float32)
       return dw, jnp.sum(dy, 0, dtype=jnp.float32) if with_bias else None
 
     return jax.tree.map(lambda total, part: total.at[expert[i]].add(part),
-                        gradients, _at_size(block, end[i] - start, compute))
+                        gradients, _at_size(block, end[i] - first[i], compute))
 
   zeros = (jnp.zeros((num_experts, dim_in, dim_out), jnp.float32),
            jnp.zeros((num_experts, dim_out), jnp.float32)

@@ -117,13 +117,13 @@ def output(config, params, x):
   return layer(config, params, x)[0]
 
 
-def blocked(config, params, x):
+def looped(config, params, x):
   return layer(config, params, x, "xla")[0]
 
 
 @pytest.mark.parametrize("case, function", [
     *((case, output) for case in CASES),
-    ("gpt-oss", blocked), ("expert choice", blocked)])
+    ("gpt-oss", looped), ("expert choice", looped)])
 def test_values_and_gradients_are_those_of_every_expert_on_every_token(
     case, function):
   config = CASES[case]

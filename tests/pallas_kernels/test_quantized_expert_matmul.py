@@ -155,9 +155,8 @@ def test_every_nibble_under_every_scale_byte_of_mxfp4():
 
 def test_every_byte_of_fp8_under_scales_small_and_large():
   bytes_ = np.tile(np.arange(256, dtype=np.uint8), (1, 300, 1))
-  scales = np.float32(2.0) ** np.array([[-126, 3], [127, 119], [-100, 120]])
-  leaf = FP8(bytes_.view(ml_dtypes.float8_e4m3fn),
-             (scales * np.float32(1.25))[None])
+  scales = np.ldexp(np.float32(1.25), [[[-126, 3], [127, 119], [-100, 120]]])
+  leaf = FP8(bytes_.view(ml_dtypes.float8_e4m3fn), scales)
   with np.errstate(over="ignore"):
     expected = leaf.dequantize(np.float32)[0]
   assert_same_but_tiny(tile_of(leaf), expected)
@@ -183,9 +182,7 @@ def test_cost_follows_the_rows(kind, sizes, executed_flops):
   flops = executed_flops(
       lambda x, w, sizes: expert_matmul(x, w, sizes, implementation="xla"),
       x, w, jnp.array(sizes, jnp.int32))
-  needed = 2 * D * F * rows
-  # Three rows are computed as four, or as three if there are no more.
-  assert needed <= flops <= needed * 4 / 3
+  assert flops == 2 * D * F * rows
 
 
 @pytest.mark.parametrize("rows", [1, 64])
