@@ -64,14 +64,16 @@ class Blocks:
 class _Plan(typing.NamedTuple):
   """What a kernel is compiled for.
 
-  slots: of the cache, if its last block is not full. columns: how many numbers
+  block: slots of a step. slots: of the cache, if the last block is not full.
+  columns: how many numbers
   of a cached value are multiplied. shared: the values are the keys' first.
   """
   num_kv_heads: int
   v_head_dim: int
   columns: int
-  steps: int
   sequences: int
+  block: int
+  steps: int
   slots: int | None
   shared: bool
   scale: float
@@ -138,7 +140,6 @@ def _kernel(plan: _Plan, *refs):
   v_own_ref, v_ref = refs[3:5] if plan.shared else refs[5:7]
   o_ref, *state = refs[5 if plan.shared else 7:]
   step = pl.program_id(1)
-  block = k_ref.shape[1]
 
   def scores(b):
     return _scores(plan, q_ref[b], k_own_ref[b], k_ref[b])
@@ -159,7 +160,7 @@ def _kernel(plan: _Plan, *refs):
     at = slice(None)
     if plan.num_kv_heads == 1:
       at = slice(0, plan.v_head_dim)
-    o = _values(plan, p, v_own_ref[b, :, at], v_ref[b, :, at], step * block)
+    o = _values(plan, p, v_own_ref[b, :, at], v_ref[b, :, at], step * plan.block)
     if state:
       mean_ref = state[2]
       mean_ref[b] = kept * mean_ref[b] + o
@@ -205,7 +206,8 @@ def _words(seen_BTS, num_own: int, block: int, steps: int, num_kv_heads: int,
   own = jnp.pad(seen_BTS[:, :, None, slots:],
                 ((0, 0), (0, 0), (0, steps - 1), (0, 0)))
   bits = jnp.concatenate([cached, own], -1).astype(jnp.uint32)
-  bits = jnp.pad(bits, ((0, 0),) * 3 + ((0, -bits.shape[-1] % WORD),))
+  # Of words 8 make a tile.
+  bits = jnp.pad(bits, ((0, 0),) * 3 + ((0, -bits.shape[-1] % (8 * WORD)),))
   bits = bits.reshape(*bits.shape[:3], -1, WORD)
   words_BTSJ = jnp.sum(bits << jnp.arange(WORD, dtype=jnp.uint32), -1,
                        dtype=jnp.uint32)
@@ -232,28 +234,45 @@ def _flat(x_BSKH):
 def forward(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
             k_positions_BS, sinks_N, options):
   """[B, T, N, the values' head_dim], of q's dtype."""
-  batch, length, num_heads, head_dim = q_BTNH.shape
-  _, slots, num_kv_heads, _ = k_BSKH.shape
-  group, rows = num_heads // num_kv_heads, num_heads * length
+  batch, length, num_heads, _ = q_BTNH.shape
+  plan = _plan(q_BTNH, k_BSKH, v_BSKH, options)
+  o_BRH = call(plan, options.interpret, *prepare(
+      plan, q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
+      k_positions_BS, sinks_N, options.window))
+  o_BKTGH = o_BRH.reshape(batch, plan.num_kv_heads, length, -1,
+                          plan.v_head_dim)
+  return reference.ungrouped(o_BKTGH.swapaxes(2, 3))
+
+
+def _plan(q_BTNH, k_BSKH, v_BSKH, options) -> _Plan:
+  batch, slots, num_kv_heads, head_dim = k_BSKH.shape
   shared = v_BSKH is None
   v_head_dim = options.v_head_dim if shared else v_BSKH.shape[3]
   blocks = _blocks(k_BSKH, v_BSKH, options)
   block = min(blocks.slots, slots)
-  steps = pl.cdiv(slots, block)
-  plan = _Plan(
+  steps = -(-slots // block)
+  return _Plan(
       num_kv_heads, v_head_dim,
-      head_dim if shared and num_kv_heads > 1 else v_head_dim, steps,
-      blocks.sequences, slots if slots % block else None, shared,
+      head_dim if shared and num_kv_heads > 1 else v_head_dim,
+      blocks.sequences, block, steps, slots if slots % block else None, shared,
       options.scale, options.soft_cap, blocks.lead, blocks.skip and steps > 1)
+
+
+def prepare(plan: _Plan, q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH,
+            q_positions_BT, k_positions_BS, sinks_N, window):
+  """The operands of `call`. Nothing of the caches is moved."""
+  batch, length, num_heads, head_dim = q_BTNH.shape
+  num_kv_heads, block = plan.num_kv_heads, plan.block
+  group, rows = num_heads // num_kv_heads, num_heads * length
   seen_BTS = reference.visible_in_cache(q_positions_BT, k_positions_BS,
-                                        options.window)
+                                        window)
   used = ()
   if plan.skip:
-    used = (_used_blocks(seen_BTS, block, blocks.sequences),)
+    used = (_used_blocks(seen_BTS, block, plan.sequences),)
   words = _words(
       jnp.concatenate([seen_BTS, reference.visible_of_own(
-          q_positions_BT, options.window)], -1),
-      length, block, steps, num_kv_heads, group)
+          q_positions_BT, window)], -1),
+      length, block, plan.steps, num_kv_heads, group)
   sinks = jnp.broadcast_to(jnp.array([[LOWEST], [0.]], jnp.float32), (2, rows))
   if sinks_N is not None:
     sinks_KG = sinks_N.astype(jnp.float32).reshape(num_kv_heads, 1, group)
@@ -262,19 +281,18 @@ def forward(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
   q_BKTGH = reference.grouped(q_BTNH, num_kv_heads).swapaxes(2, 3)
   q_BHR = q_BKTGH.reshape(batch, rows, head_dim).swapaxes(1, 2)
   own, cached = [_flat(k_BTKH)], [_flat(k_BSKH)]
-  if not shared:
+  if not plan.shared:
     own.append(_flat(v_BTKH))
     cached.append(_flat(v_BSKH))
-  operands = (words, sinks, q_BHR,
-              *(x for pair in zip(own, cached) for x in pair))
-  o_BRH = _call(plan, operands, block, used, batch, rows, q_BTNH.dtype,
-                options.interpret)
-  o_BKTGH = o_BRH.reshape(batch, num_kv_heads, length, group, v_head_dim)
-  return reference.ungrouped(o_BKTGH.swapaxes(2, 3))
+  return (*used, words, sinks, q_BHR,
+          *(x for pair in zip(own, cached) for x in pair))
 
 
-def _call(plan, operands, block, used, batch, rows, dtype, interpret):
-  size = plan.sequences
+def call(plan: _Plan, interpret, *operands):
+  """The kernel alone: [B, R, v_head_dim]."""
+  used, operands = operands[:plan.skip], operands[plan.skip:]
+  words, sinks, q_BHR, *keys_and_values = operands
+  (batch, _, rows), size = q_BHR.shape, plan.sequences
 
   def spec(x, slots=None, axis=1):
     """A block of sequences; along `axis` the step's, of so many slots."""
@@ -290,11 +308,10 @@ def _call(plan, operands, block, used, batch, rows, dtype, interpret):
       return tuple(place)
     return pl.BlockSpec(tuple(shape), index)
 
-  words, sinks, q, *keys_and_values = operands
   in_specs = [spec(words, 1), pl.BlockSpec(sinks.shape, lambda *_: (0, 0)),
-              spec(q), *(spec(x, block if i % 2 else None)
+              spec(q_BHR), *(spec(x, plan.block if i % 2 else None)
                          for i, x in enumerate(keys_and_values))]
-  out = jax.ShapeDtypeStruct((batch, rows, plan.v_head_dim), dtype)
+  out = jax.ShapeDtypeStruct((batch, rows, plan.v_head_dim), q_BHR.dtype)
   state = []
   if plan.steps > 1:
     state = [pltpu.VMEM((size, 1, rows), jnp.float32)] * 2 + [
