@@ -334,7 +334,7 @@ def _blocks(k_BSKH, v_BSKH, options) -> Blocks:
   A ring is taken whole, up to 8 sequences at once; longer caches in steps.
   """
   if options.blocks is not None:
-    return options.blocks
+    return _checked(options.blocks, k_BSKH.shape[1])
   batch, slots, num_kv_heads, head_dim = k_BSKH.shape
   width = head_dim if v_BSKH is None else head_dim + v_BSKH.shape[3]
   slot_bytes = 2 * num_kv_heads * width * k_BSKH.dtype.itemsize
@@ -342,6 +342,18 @@ def _blocks(k_BSKH, v_BSKH, options) -> Blocks:
   if slots > fitting:
     slots = max(128, fitting // 128 * 128)
   return Blocks(max(1, min(8, batch, fitting // slots)), slots)
+
+
+def _checked(blocks, slots: int) -> Blocks:
+  if not isinstance(blocks, Blocks):
+    raise ValueError(f"blocks={blocks!r}: expected decode_tpu.Blocks")
+  if blocks.sequences < 1 or blocks.slots < 1 or blocks.lead < 0:
+    raise ValueError(f"{blocks}: expected at least one sequence and slot, and "
+                     "no negative lead")
+  if blocks.slots < slots and blocks.slots % WORD:
+    raise ValueError(f"slots={blocks.slots}: of a cache of {slots} slots "
+                     f"expected a multiple of {WORD}, or all")
+  return blocks
 
 
 def unsupported(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
