@@ -1,0 +1,176 @@
+"""Backward pass on GPUs: two kernels, both recompute the scores they need.
+
+dq: a program owns a tile of queries, as in the forward pass, and walks over
+the keys of its band. It reads o too and writes delta = sum(o do) beside dq, so
+that no pass over o and do is spent on delta alone.
+
+dk and dv: a program owns a block of keys and walks over the queries that see
+them, the heads of its kv head in turn, so that the sum over query heads stays
+in registers: no atomics and nothing of size [N, S] in memory. It works on
+transposed scores [keys, rows], the shape in which both of its products have
+them on the left, from registers.
+
+At gpt-oss's window (D 64, W 128, 8 query heads to a kv head) 64 keys are seen
+by 64 + 127 = 191 tokens: 1.5 scores for each that counts, in both kernels.
+These are 7 products of 2 * 64 flops over 192 scores a query and head, where
+five over 128 would do were dq not on the other side of the sum. In bfloat16
+and per token and head the first kernel moves 4 * 128 bytes (q, o, do, dq) and
+the second at least 2 * 128 (q, do; each of these from the L2 cache thrice).
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.windowed_attention import gpu_tiles
+from pallas_kernels.windowed_attention.gpu_forward import band, flat_spec
+from pallas_kernels.windowed_attention.gpu_tiles import LOG2_E, Problem
+
+
+def _score_gradient(problem: Problem, p, s, dp, delta):
+  """Of the products q k, but for the factor `scale`."""
+  ds = p * (dp - delta)
+  return ds if problem.options.soft_cap is None else ds * (1 - s * s)
+
+
+def _dq_kernel(q_ref, k_ref, v_ref, segments_ref, o_ref, lse_ref, do_ref,
+               dq_ref, delta_ref, *, problem: Problem):
+  p = problem
+  unit = p.score_unit
+  num_tiles = p.num_heads // p.pack
+  first_head = pl.program_id(0) % num_tiles * p.pack
+  first_token = pl.program_id(0) // num_tiles * p.tokens
+  kv_head = first_head // p.group
+  token_R, head_R, valid_R = p.rows(first_token, first_head)
+  q_row_R = token_R * p.num_heads + head_R
+  stat_R = head_R * p.num_queries + token_R
+  q_RH = p.load(q_ref, q_row_R, p.head_dim, valid_R)
+  do_RH = p.load(do_ref, q_row_R, p.v_head_dim, valid_R)
+  o_RH = p.load(o_ref, q_row_R, p.v_head_dim, valid_R)
+  delta_R = jnp.sum(o_RH.astype(jnp.float32) * do_RH.astype(jnp.float32), 1)
+  p.store_row(delta_ref, stat_R, delta_R, valid_R)
+  lse_R = p.load_row(lse_ref, stat_R, valid_R) * LOG2_E
+  position_R = token_R + p.options.q_offset
+  segment_R = None
+  if p.segmented:
+    segment_R = p.load_row(segments_ref, position_R, valid_R)[:, None]
+
+  first_key, count, first_full, last_full = band(p, first_token)
+
+  def step(masked, i, dq_RH):
+    key_C = first_key + i * p.tile.keys + lax.iota(jnp.int32, p.tile.keys)
+    k_valid_C = key_C < p.num_keys if masked else None
+    k_row_C = key_C * p.num_kv_heads + kv_head
+    k_CH = p.load(k_ref, k_row_C, p.head_dim, k_valid_C)
+    v_CH = p.load(v_ref, k_row_C, p.v_head_dim, k_valid_C)
+    s_RC = p.score(q_RH, k_CH)
+    p_RC = jnp.exp2(s_RC * unit - lse_R[:, None])
+    if masked:
+      segment_C = None
+      if p.segmented:
+        segment_C = p.load_row(segments_ref, key_C, k_valid_C)[None]
+      p_RC = jnp.where(p.seen(position_R[:, None], key_C[None], segment_R,
+                              segment_C), p_RC, 0.0)
+    ds_RC = _score_gradient(p, p_RC, s_RC, p.dot(do_RH, v_CH.T),
+                            delta_R[:, None])
+    return dq_RH + p.dot(ds_RC.astype(k_CH.dtype), k_CH)
+
+  dq_RH = jnp.zeros((p.tile.rows, gpu_tiles.padded(p.head_dim)), jnp.float32)
+  dq_RH = p.phases(step, dq_RH, count, first_full, last_full)
+  p.store(dq_ref, q_row_R, p.head_dim, dq_RH * p.options.scale, valid_R)
+
+
+def _dkv_kernel(q_ref, k_ref, v_ref, segments_ref, lse_ref, delta_ref, do_ref,
+                dk_ref, dv_ref, *, problem: Problem):
+  p = problem
+  unit = p.score_unit
+  kv_head = pl.program_id(0) % p.num_kv_heads
+  first_key = pl.program_id(0) // p.num_kv_heads * p.tile.keys
+  key_C = first_key + lax.iota(jnp.int32, p.tile.keys)
+  k_valid_C = key_C < p.num_keys
+  k_row_C = key_C * p.num_kv_heads + kv_head
+  k_CH = p.load(k_ref, k_row_C, p.head_dim, k_valid_C)
+  v_CH = p.load(v_ref, k_row_C, p.v_head_dim, k_valid_C)
+  segment_C = None
+  if p.segmented:
+    segment_C = p.load_row(segments_ref, key_C, k_valid_C)[:, None]
+
+  head_tiles = p.group // p.pack
+  first_query = jnp.maximum(first_key - p.options.q_offset, 0)
+  last_key = first_key + p.tile.keys - 1
+  end = jnp.minimum(last_key + p.window - p.options.q_offset, p.num_queries)
+  count = jnp.maximum(pl.cdiv(end - first_query, p.tokens), 0)
+  # All keys are behind the first, and in the window of the last, query.
+  first_full = pl.cdiv(
+      jnp.maximum(last_key - p.options.q_offset - first_query, 0), p.tokens)
+  last_full = jnp.minimum(first_key + p.window - p.options.q_offset,
+                          p.num_queries) - first_query
+  last_full = jnp.maximum(last_full, 0) // p.tokens
+
+  def step(masked, i, carry):
+    dk_CH, dv_CH = carry
+    first_token = first_query + i // head_tiles * p.tokens
+    first_head = kv_head * p.group + i % head_tiles * p.pack
+    token_R, head_R, valid_R = p.rows(first_token, first_head)
+    if not masked:
+      valid_R = None
+    q_row_R = token_R * p.num_heads + head_R
+    stat_R = head_R * p.num_queries + token_R
+    q_RH = p.load(q_ref, q_row_R, p.head_dim, valid_R)
+    do_RH = p.load(do_ref, q_row_R, p.v_head_dim, valid_R)
+    lse_R = p.load_row(lse_ref, stat_R, valid_R) * LOG2_E
+    delta_R = p.load_row(delta_ref, stat_R, valid_R)
+    s_CR = p.score(k_CH, q_RH)
+    p_CR = jnp.exp2(s_CR * unit - lse_R[None])
+    if masked:
+      position_R = token_R + p.options.q_offset
+      segment_R = None
+      if p.segmented:
+        segment_R = p.load_row(segments_ref, position_R, valid_R)[None]
+      p_CR = jnp.where(p.seen(position_R[None], key_C[:, None], segment_R,
+                              segment_C), p_CR, 0.0)
+    dv_CH += p.dot(p_CR.astype(do_RH.dtype), do_RH)
+    ds_CR = _score_gradient(p, p_CR, s_CR, p.dot(v_CH, do_RH.T), delta_R[None])
+    return dk_CH + p.dot(ds_CR.astype(q_RH.dtype), q_RH), dv_CH
+
+  zeros = lambda dim: jnp.zeros((p.tile.keys, gpu_tiles.padded(dim)),
+                                jnp.float32)
+  dk_CH, dv_CH = p.phases(
+      step, (zeros(p.head_dim), zeros(p.v_head_dim)), count * head_tiles,
+      first_full * head_tiles, last_full * head_tiles)
+  p.store(dk_ref, k_row_C, p.head_dim, dk_CH * p.options.scale, k_valid_C)
+  p.store(dv_ref, k_row_C, p.v_head_dim, dv_CH, k_valid_C)
+
+
+def dq_and_delta(q_BX, k_BX, v_BX, segments_BS, o_BX, lse_BX, do_BX,
+                 problem: Problem):
+  """dq and sum(o do), flat but for B."""
+  p = problem
+  inputs = (q_BX, k_BX, v_BX, segments_BS, o_BX, lse_BX, do_BX)
+  outputs = (gpu_tiles.like(q_BX, q_BX.shape),
+             gpu_tiles.like(lse_BX, lse_BX.shape))
+  tiles = pl.cdiv(p.num_queries, p.tokens) * (p.num_heads // p.pack)
+  return _call(_dq_kernel, "windowed_attention_dq", tiles, inputs, outputs, p)
+
+
+def dk_and_dv(q_BX, k_BX, v_BX, segments_BS, lse_BX, delta_BX, do_BX,
+              problem: Problem):
+  """dk and dv, flat but for B."""
+  p = problem
+  inputs = (q_BX, k_BX, v_BX, segments_BS, lse_BX, delta_BX, do_BX)
+  outputs = (gpu_tiles.like(k_BX, k_BX.shape), gpu_tiles.like(v_BX, v_BX.shape))
+  tiles = pl.cdiv(p.num_keys, p.tile.keys) * p.num_kv_heads
+  return _call(_dkv_kernel, "windowed_attention_dkv", tiles, inputs, outputs,
+               p)
+
+
+def _call(kernel, name, tiles, inputs, outputs, problem):
+  return pl.pallas_call(
+      functools.partial(kernel, problem=problem), out_shape=outputs,
+      grid=(tiles, inputs[0].shape[0]),
+      in_specs=[None if x is None else flat_spec(x) for x in inputs],
+      out_specs=[flat_spec(x) for x in outputs],
+      compiler_params=problem.grid_params(),
+      interpret=problem.options.interpret, name=name)(*inputs)

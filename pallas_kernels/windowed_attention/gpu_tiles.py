@@ -1,0 +1,173 @@
+"""What the GPU kernels share: which keys a tile of queries sees, and how tiles
+are loaded, masked and scored.
+
+A tile of queries holds `rows` rows: `pack` adjacent query heads of one kv head
+for each of rows / pack tokens, so that one load of keys serves them all. In
+[B, T, N, H] these heads are neighbours, so a row's token and head are
+arithmetic on the row's number, and one sequence is addressed as flat memory.
+"""
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.windowed_attention.options import Options
+
+LOG2_E = math.log2(math.e)
+# Below every score and finite, so that no row's maximum minus itself is NaN.
+LOWEST = -1e30
+
+
+def padded(dim: int) -> int:
+  """Triton's tiles are powers of two; its matmuls at least 16 deep."""
+  return max(16, 1 << (dim - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """The tile of a program: query rows, keys, warps, and loads in flight."""
+  rows: int
+  keys: int
+  warps: int
+  stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Sizes and options: all that is known when a kernel is compiled."""
+  num_queries: int
+  num_keys: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  v_head_dim: int
+  dtype: jnp.dtype
+  segmented: bool
+  options: Options
+  tile: Tile
+
+  @property
+  def group(self) -> int:
+    return self.num_heads // self.num_kv_heads
+
+  @property
+  def pack(self) -> int:
+    """Query heads in a tile: the largest power of two that divides them."""
+    return min(self.group & -self.group, self.tile.rows)
+
+  @property
+  def tokens(self) -> int:
+    return self.tile.rows // self.pack
+
+  @property
+  def window(self) -> int:
+    window = self.options.window
+    return self.num_keys if window is None else window
+
+  @property
+  def score_unit(self) -> float:
+    """exp(score) is exp2(score_unit * raw), raw as `score` gives it."""
+    if self.options.soft_cap is not None:
+      return abs(self.options.soft_cap) * LOG2_E
+    return self.options.scale * LOG2_E if self.options.scale > 0 else LOG2_E
+
+  def grid_params(self):
+    return plgpu.CompilerParams(num_warps=self.tile.warps,
+                                num_stages=self.tile.stages)
+
+  def score(self, a, b):
+    """a b^T in units of `score_unit`: exp2 of it costs one multiply-add."""
+    s = self.dot(a, b.T)
+    scale, cap = self.options.scale, self.options.soft_cap
+    if cap is not None:
+      return jnp.tanh(s * (scale / abs(cap)))
+    return s if scale > 0 else s * scale
+
+  def dot(self, a, b):
+    """In float32; of float32 not in TF32, unless jax is told to."""
+    precision = None
+    if (self.dtype == jnp.float32
+        and jax.config.jax_default_matmul_precision is None):
+      precision = lax.Precision.HIGHEST
+    return jnp.dot(a, b, precision=precision,
+                   preferred_element_type=jnp.float32)
+
+  def seen(self, q_position, k_position, q_segment, k_segment):
+    """Of positions and segments that broadcast against each other."""
+    distance = q_position - k_position
+    seen = distance >= 0
+    if self.options.window is not None:
+      seen &= distance < self.window
+    if self.segmented:
+      seen &= q_segment == k_segment
+    return seen
+
+  def load(self, ref, row_R, dim, valid_R=None):
+    """Rows of a flat [rows, dim]; zero where not valid."""
+    offset_RH, mask_RH = _offsets(row_R, dim, valid_R)
+    return plgpu.load(ref.at[offset_RH], mask=mask_RH,
+                      other=None if mask_RH is None else 0.0)
+
+  def store(self, ref, row_R, dim, value_RH, valid_R=None):
+    offset_RH, mask_RH = _offsets(row_R, dim, valid_R)
+    if mask_RH is not None and self.options.interpret:
+      # The interpreter rewrites what is masked, here past the end.
+      offset_RH = jnp.where(mask_RH, offset_RH, ref.shape[0])
+    plgpu.store(ref.at[offset_RH], value_RH.astype(ref.dtype), mask=mask_RH)
+
+  def load_row(self, ref, offset_R, valid_R=None):
+    return plgpu.load(ref.at[offset_R], mask=valid_R,
+                      other=None if valid_R is None else 0)
+
+  def store_row(self, ref, offset_R, value_R, valid_R):
+    if self.options.interpret:
+      offset_R = jnp.where(valid_R, offset_R, ref.shape[0])
+    plgpu.store(ref.at[offset_R], value_R, mask=valid_R)
+
+  def rows(self, first_token, first_head):
+    """Token and head of each row, and whether there is such a token."""
+    row_R = lax.iota(jnp.int32, self.tile.rows)
+    shift = self.pack.bit_length() - 1
+    token_R = first_token + lax.shift_right_logical(row_R, shift)
+    return (token_R, first_head + (row_R & (self.pack - 1)),
+            token_R < self.num_queries)
+
+  def phases(self, body, carry, count, first_full, last_full):
+    """Runs `body(masked, i, carry)` for i from 0 to `count`.
+
+    Only tiles on the band's edges need a mask: those from first_full to
+    last_full do without, where a window is wide enough to have several.
+    """
+    run = lambda masked, start, stop, carry: lax.fori_loop(
+        start, stop, functools.partial(body, masked), carry)
+    wide = self.window >= 4 * self.tile.keys + self.tokens
+    if self.segmented or not wide:
+      return run(True, 0, count, carry)
+    first_full = jnp.clip(first_full, 0, count)
+    last_full = jnp.clip(last_full, first_full, count)
+    carry = run(True, 0, first_full, carry)
+    carry = run(False, first_full, last_full, carry)
+    return run(True, last_full, count, carry)
+
+
+def _offsets(row_R, dim, valid_R):
+  column_H = lax.iota(jnp.int32, padded(dim))
+  offset_RH = row_R[:, None] * dim + column_H[None]
+  mask_RH = None if valid_R is None else valid_R[:, None]
+  if padded(dim) != dim:
+    inside_RH = (column_H < dim)[None]
+    mask_RH = inside_RH if mask_RH is None else mask_RH & inside_RH
+  if mask_RH is not None:
+    mask_RH = jnp.broadcast_to(mask_RH, offset_RH.shape)
+  return offset_RH, mask_RH
+
+
+def like(x, shape, dtype=None):
+  """An output of a kernel on `x`, varying over the same mesh axes."""
+  return jax.ShapeDtypeStruct(
+      shape, dtype or x.dtype,
+      manual_axis_type=jax.typeof(x).manual_axis_type)
