@@ -39,10 +39,9 @@ def _dq_kernel(q_ref, k_ref, v_ref, segments_ref, o_ref, lse_ref, do_ref,
                dq_ref, delta_ref, *, problem: Problem):
   p = problem
   unit = p.score_unit
-  num_tiles = p.num_heads // p.pack
-  first_head = pl.program_id(0) % num_tiles * p.pack
-  first_token = pl.program_id(0) // num_tiles * p.tokens
-  kv_head = first_head // p.group
+  i, head_tile = gpu_tiles.divided(pl.program_id(0), p.num_heads // p.pack)
+  first_token, first_head = i * p.tokens, head_tile * p.pack
+  kv_head, _ = gpu_tiles.divided(first_head, p.group)
   token_R, head_R, valid_R = p.rows(first_token, first_head)
   q_row_R = token_R * p.num_heads + head_R
   stat_R = head_R * p.num_queries + token_R
@@ -86,8 +85,8 @@ def _dkv_kernel(q_ref, k_ref, v_ref, segments_ref, lse_ref, delta_ref, do_ref,
                 dk_ref, dv_ref, *, problem: Problem):
   p = problem
   unit = p.score_unit
-  kv_head = pl.program_id(0) % p.num_kv_heads
-  first_key = pl.program_id(0) // p.num_kv_heads * p.tile.keys
+  i, kv_head = gpu_tiles.divided(pl.program_id(0), p.num_kv_heads)
+  first_key = i * p.tile.keys
   key_C = first_key + lax.iota(jnp.int32, p.tile.keys)
   k_valid_C = key_C < p.num_keys
   k_row_C = key_C * p.num_kv_heads + kv_head
@@ -111,8 +110,9 @@ def _dkv_kernel(q_ref, k_ref, v_ref, segments_ref, lse_ref, delta_ref, do_ref,
 
   def step(masked, i, carry):
     dk_CH, dv_CH = carry
-    first_token = first_query + i // head_tiles * p.tokens
-    first_head = kv_head * p.group + i % head_tiles * p.pack
+    i, head_tile = gpu_tiles.divided(i, head_tiles)
+    first_token = first_query + i * p.tokens
+    first_head = kv_head * p.group + head_tile * p.pack
     token_R, head_R, valid_R = p.rows(first_token, first_head)
     if not masked:
       valid_R = None

@@ -47,10 +47,9 @@ def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
             problem: Problem):
   p = problem
   unit = p.score_unit
-  num_tiles = p.num_heads // p.pack
-  first_head = pl.program_id(0) % num_tiles * p.pack
-  first_token = pl.program_id(0) // num_tiles * p.tokens
-  kv_head = first_head // p.group
+  i, head_tile = gpu_tiles.divided(pl.program_id(0), p.num_heads // p.pack)
+  first_token, first_head = i * p.tokens, head_tile * p.pack
+  kv_head, _ = gpu_tiles.divided(first_head, p.group)
   token_R, head_R, valid_R = p.rows(first_token, first_head)
   q_row_R = token_R * p.num_heads + head_R
   q_RH = p.load(q_ref, q_row_R, p.head_dim, valid_R)

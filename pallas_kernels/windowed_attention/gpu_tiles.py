@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
+import numpy as np
 
 from pallas_kernels.windowed_attention.options import Options
 
@@ -25,6 +26,12 @@ LOWEST = -1e30
 def padded(dim: int) -> int:
   """Triton's tiles are powers of two; its matmuls at least 16 deep."""
   return max(16, 1 << (dim - 1).bit_length())
+
+
+def divided(i, by: int):
+  """Quotient and remainder of what is not negative: one operation each."""
+  by = np.int32(by)
+  return lax.div(i, by), lax.rem(i, by)
 
 
 @dataclasses.dataclass(frozen=True)
