@@ -38,7 +38,6 @@ def _score_gradient(problem: Problem, p, s, dp, delta):
 def _dq_kernel(q_ref, k_ref, v_ref, segments_ref, o_ref, lse_ref, do_ref,
                dq_ref, delta_ref, *, problem: Problem):
   p = problem
-  unit = p.score_unit
   i, head_tile = gpu_tiles.divided(pl.program_id(0), p.num_heads // p.pack)
   first_token, first_head = i * p.tokens, head_tile * p.pack
   kv_head, _ = gpu_tiles.divided(first_head, p.group)
@@ -58,33 +57,32 @@ def _dq_kernel(q_ref, k_ref, v_ref, segments_ref, o_ref, lse_ref, do_ref,
 
   first_key, count, first_full, last_full = band(p, first_token)
 
-  def step(masked, i, dq_RH):
+  def step(i, dq_RH):
     key_C = first_key + i * p.tile.keys + lax.iota(jnp.int32, p.tile.keys)
-    k_valid_C = key_C < p.num_keys if masked else None
+    k_valid_C = key_C < p.num_keys
     k_row_C = key_C * p.num_kv_heads + kv_head
     k_CH = p.load(k_ref, k_row_C, p.head_dim, k_valid_C)
     v_CH = p.load(v_ref, k_row_C, p.v_head_dim, k_valid_C)
     s_RC = p.score(q_RH, k_CH)
-    p_RC = jnp.exp2(s_RC * unit - lse_R[:, None])
-    if masked:
+    def seen_RC():
       segment_C = None
       if p.segmented:
         segment_C = p.load_row(segments_ref, key_C, k_valid_C)[None]
-      p_RC = jnp.where(p.seen(position_R[:, None], key_C[None], segment_R,
-                              segment_C), p_RC, 0.0)
+      return p.seen(position_R[:, None], key_C[None], segment_R, segment_C)
+    p_RC = p.masked(p.exp2(s_RC, lse_R[:, None]), 0.0,
+                    (first_full <= i) & (i < last_full), seen_RC)
     ds_RC = _score_gradient(p, p_RC, s_RC, p.dot(do_RH, v_CH.T),
                             delta_R[:, None])
     return dq_RH + p.dot(ds_RC.astype(k_CH.dtype), k_CH)
 
   dq_RH = jnp.zeros((p.tile.rows, gpu_tiles.padded(p.head_dim)), jnp.float32)
-  dq_RH = p.phases(step, dq_RH, count, first_full, last_full)
+  dq_RH = lax.fori_loop(0, count, step, dq_RH)
   p.store(dq_ref, q_row_R, p.head_dim, dq_RH * p.options.scale, valid_R)
 
 
 def _dkv_kernel(q_ref, k_ref, v_ref, segments_ref, lse_ref, delta_ref, do_ref,
                 dk_ref, dv_ref, *, problem: Problem):
   p = problem
-  unit = p.score_unit
   i, kv_head = gpu_tiles.divided(pl.program_id(0), p.num_kv_heads)
   first_key = i * p.tile.keys
   key_C = first_key + lax.iota(jnp.int32, p.tile.keys)
@@ -108,14 +106,12 @@ def _dkv_kernel(q_ref, k_ref, v_ref, segments_ref, lse_ref, delta_ref, do_ref,
                           p.num_queries) - first_query
   last_full = jnp.maximum(last_full, 0) // p.tokens
 
-  def step(masked, i, carry):
+  def step(i, carry):
     dk_CH, dv_CH = carry
     i, head_tile = gpu_tiles.divided(i, head_tiles)
     first_token = first_query + i * p.tokens
     first_head = kv_head * p.group + head_tile * p.pack
     token_R, head_R, valid_R = p.rows(first_token, first_head)
-    if not masked:
-      valid_R = None
     q_row_R = token_R * p.num_heads + head_R
     stat_R = head_R * p.num_queries + token_R
     q_RH = p.load(q_ref, q_row_R, p.head_dim, valid_R)
@@ -123,23 +119,22 @@ def _dkv_kernel(q_ref, k_ref, v_ref, segments_ref, lse_ref, delta_ref, do_ref,
     lse_R = p.load_row(lse_ref, stat_R, valid_R) * LOG2_E
     delta_R = p.load_row(delta_ref, stat_R, valid_R)
     s_CR = p.score(k_CH, q_RH)
-    p_CR = jnp.exp2(s_CR * unit - lse_R[None])
-    if masked:
+    def seen_CR():
       position_R = token_R + p.options.q_offset
       segment_R = None
       if p.segmented:
         segment_R = p.load_row(segments_ref, position_R, valid_R)[None]
-      p_CR = jnp.where(p.seen(position_R[None], key_C[:, None], segment_R,
-                              segment_C), p_CR, 0.0)
+      return p.seen(position_R[None], key_C[:, None], segment_R, segment_C)
+    p_CR = p.masked(p.exp2(s_CR, lse_R[None]), 0.0,
+                    (first_full <= i) & (i < last_full), seen_CR)
     dv_CH += p.dot(p_CR.astype(do_RH.dtype), do_RH)
     ds_CR = _score_gradient(p, p_CR, s_CR, p.dot(v_CH, do_RH.T), delta_R[None])
     return dk_CH + p.dot(ds_CR.astype(q_RH.dtype), q_RH), dv_CH
 
   zeros = lambda dim: jnp.zeros((p.tile.keys, gpu_tiles.padded(dim)),
                                 jnp.float32)
-  dk_CH, dv_CH = p.phases(
-      step, (zeros(p.head_dim), zeros(p.v_head_dim)), count * head_tiles,
-      first_full * head_tiles, last_full * head_tiles)
+  dk_CH, dv_CH = lax.fori_loop(0, count * head_tiles, step,
+                               (zeros(p.head_dim), zeros(p.v_head_dim)))
   p.store(dk_ref, k_row_C, p.head_dim, dk_CH * p.options.scale, k_valid_C)
   p.store(dv_ref, k_row_C, p.v_head_dim, dv_CH, k_valid_C)
 

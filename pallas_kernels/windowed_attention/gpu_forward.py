@@ -60,21 +60,22 @@ def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
 
   first_key, count, first_full, last_full = band(p, first_token)
 
-  def attend(masked, i, carry):
+  def attend(i, carry):
     o_RH, top_R, total_R = carry
     key_C = first_key + i * p.tile.keys + lax.iota(jnp.int32, p.tile.keys)
-    k_valid_C = key_C < p.num_keys if masked else None
+    k_valid_C = key_C < p.num_keys
     k_row_C = key_C * p.num_kv_heads + kv_head
     s_RC = p.score(q_RH, p.load(k_ref, k_row_C, p.head_dim, k_valid_C))
-    if masked:
+    def seen_RC():
       segment_C = None
       if p.segmented:
         segment_C = p.load_row(segments_ref, key_C, k_valid_C)[None]
-      s_RC = jnp.where(p.seen(position_R[:, None], key_C[None], segment_R,
-                              segment_C), s_RC, -jnp.inf)
+      return p.seen(position_R[:, None], key_C[None], segment_R, segment_C)
+    s_RC = p.masked(s_RC, -jnp.inf, (first_full <= i) & (i < last_full),
+                    seen_RC)
     new_top_R = jnp.maximum(top_R, jnp.max(s_RC, 1))
-    p_RC = jnp.exp2(s_RC * unit - (new_top_R * unit)[:, None])
-    shrink_R = jnp.exp2((top_R - new_top_R) * unit)
+    p_RC = p.exp2(s_RC, (new_top_R * unit)[:, None])
+    shrink_R = p.exp2(top_R, new_top_R * unit)
     v_CH = p.load(v_ref, k_row_C, p.v_head_dim, k_valid_C)
     o_RH = o_RH * shrink_R[:, None] + p.dot(p_RC.astype(v_CH.dtype), v_CH)
     return o_RH, new_top_R, total_R * shrink_R + jnp.sum(p_RC, 1)
@@ -87,9 +88,9 @@ def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
                         gpu_tiles.LOWEST)
     total_R = jnp.where(top_R > gpu_tiles.LOWEST, 1.0, 0.0)
   o_RH = jnp.zeros((p.tile.rows, gpu_tiles.padded(p.v_head_dim)), jnp.float32)
-  o_RH, top_R, total_R = p.phases(attend, (o_RH, top_R, total_R), count,
-                                  first_full, last_full)
-  p.store(o_ref, q_row_R, p.v_head_dim, o_RH / total_R[:, None], valid_R)
+  o_RH, top_R, total_R = lax.fori_loop(0, count, attend,
+                                       (o_RH, top_R, total_R))
+  p.store(o_ref, q_row_R, p.v_head_dim, o_RH * (1 / total_R)[:, None], valid_R)
   p.store_row(lse_ref, head_R * p.num_queries + token_R,
               top_R * (unit * LN_2) + jnp.log(total_R), valid_R)
 

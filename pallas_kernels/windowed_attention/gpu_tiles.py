@@ -7,7 +7,6 @@ for each of rows / pack tokens, so that one load of keys serves them all. In
 arithmetic on the row's number, and one sequence is addressed as flat memory.
 """
 import dataclasses
-import functools
 import math
 
 import jax
@@ -143,22 +142,26 @@ class Problem:
     return (token_R, first_head + (row_R & (self.pack - 1)),
             token_R < self.num_queries)
 
-  def phases(self, body, carry, count, first_full, last_full):
-    """Runs `body(masked, i, carry)` for i from 0 to `count`.
+  def masked(self, x, fill, inside, seen):
+    """`x` where `seen()`, else `fill`; compares only on the band's edges."""
+    mask = lambda x: jnp.where(seen(), x, fill)
+    return mask(x) if self.segmented else lax.cond(inside, lambda x: x, mask, x)
 
-    Only tiles on the band's edges need a mask: those from first_full to
-    last_full do without, where a window is wide enough to have several.
+  def exp2(self, s, offset):
+    """exp2(score_unit * s - offset) of what broadcasts against s.
+
+    Triton has no multiply-add of its own and its exp2 spends three more
+    operations on results below 2^-126, so that this is a quarter of all that
+    the loops do; the interpreter knows no assembly.
     """
-    run = lambda masked, start, stop, carry: lax.fori_loop(
-        start, stop, functools.partial(body, masked), carry)
-    wide = self.window >= 4 * self.tile.keys + self.tokens
-    if self.segmented or not wide:
-      return run(True, 0, count, carry)
-    first_full = jnp.clip(first_full, 0, count)
-    last_full = jnp.clip(last_full, first_full, count)
-    carry = run(True, 0, first_full, carry)
-    carry = run(False, first_full, last_full, carry)
-    return run(True, last_full, count, carry)
+    if self.options.interpret:
+      return jnp.exp2(s * self.score_unit - offset)
+    unit = np.float32(self.score_unit).view(np.uint32)
+    return plgpu.elementwise_inline_asm(
+        "{ .reg .f32 x; fma.rn.f32 x, $1, 0f%08X, $2; "
+        "ex2.approx.ftz.f32 $0, x; }" % unit,
+        args=[s, jnp.broadcast_to(-offset, s.shape)], constraints="=f,f,f",
+        pack=1, result_shape_dtypes=[s])[0]
 
 
 def _offsets(row_R, dim, valid_R):
