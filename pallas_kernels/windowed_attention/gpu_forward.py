@@ -22,34 +22,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.windowed_attention import gpu_tiles
-from pallas_kernels.windowed_attention.gpu_tiles import LOG2_E, Problem
+from pallas_kernels.windowed_attention.gpu_tiles import LOG2_E, Problem, flat_spec
 
 LN_2 = math.log(2)
-
-
-def band(problem: Problem, first_token):
-  """(first key, number of key blocks, blocks that need no mask: from, to) of
-  the tile of queries that starts at `first_token`."""
-  keys, tokens = problem.tile.keys, problem.tokens
-  first_query = first_token + problem.options.q_offset
-  end = jnp.minimum(first_query + tokens, problem.num_keys)
-  first_key = jnp.maximum(first_query - problem.window + 1, 0)
-  # The last query's window starts here; the first query sees up to itself.
-  all_see_from = jnp.maximum(first_query + tokens - problem.window, 0)
-  if problem.options.window is None:
-    first_key = all_see_from = 0
-  return (first_key, pl.cdiv(end - first_key, keys),
-          pl.cdiv(all_see_from - first_key, keys),
-          (first_query + 1 - first_key) // keys)
 
 
 def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
             problem: Problem):
   p = problem
   unit = p.score_unit
-  i, head_tile = gpu_tiles.divided(pl.program_id(0), p.num_heads // p.pack)
-  first_token, first_head = i * p.tokens, head_tile * p.pack
-  kv_head, _ = gpu_tiles.divided(first_head, p.group)
+  first_token, first_head, kv_head = p.first_row()
   token_R, head_R, valid_R = p.rows(first_token, first_head)
   q_row_R = token_R * p.num_heads + head_R
   q_RH = p.load(q_ref, q_row_R, p.head_dim, valid_R)
@@ -58,7 +40,7 @@ def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
   if p.segmented:
     segment_R = p.load_row(segments_ref, position_R, valid_R)[:, None]
 
-  first_key, count, first_full, last_full = band(p, first_token)
+  first_key, count, first_full, last_full = p.key_blocks(first_token)
 
   def attend(i, carry):
     o_RH, top_R, total_R = carry
@@ -75,7 +57,8 @@ def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
                     seen_RC)
     new_top_R = jnp.maximum(top_R, jnp.max(s_RC, 1))
     p_RC = p.exp2(s_RC, (new_top_R * unit)[:, None])
-    shrink_R = p.exp2(top_R, new_top_R * unit)
+    # Exactly 1 while nothing is seen: LOWEST's rounding is beyond exp2.
+    shrink_R = p.exp2(top_R - new_top_R, 0.0)
     v_CH = p.load(v_ref, k_row_C, p.v_head_dim, k_valid_C)
     o_RH = o_RH * shrink_R[:, None] + p.dot(p_RC.astype(v_CH.dtype), v_CH)
     return o_RH, new_top_R, total_R * shrink_R + jnp.sum(p_RC, 1)
@@ -93,11 +76,6 @@ def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
   p.store(o_ref, q_row_R, p.v_head_dim, o_RH * (1 / total_R)[:, None], valid_R)
   p.store_row(lse_ref, head_R * p.num_queries + token_R,
               top_R * (unit * LN_2) + jnp.log(total_R), valid_R)
-
-
-def flat_spec(x):
-  """One sequence of x [B, size]."""
-  return pl.BlockSpec((None, x.shape[1]), lambda _, batch: (batch, 0))
 
 
 def forward(q_BX, k_BX, v_BX, sinks_N, segments_BS, problem: Problem):

@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import numpy as np
 
@@ -35,11 +36,25 @@ def divided(i, by: int):
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """The tile of a program: query rows, keys, warps, and loads in flight."""
+  """The tile of a program: query rows, keys, warps, and loads in flight.
+
+  Raises:
+    ValueError: Triton's tiles are powers of two, and its matmuls 16 wide.
+  """
   rows: int
   keys: int
   warps: int
   stages: int
+
+  def __post_init__(self):
+    for name, least, most in (("rows", 16, 256), ("keys", 16, 256),
+                              ("warps", 1, 16)):
+      value = getattr(self, name)
+      if not least <= value <= most or value & (value - 1):
+        raise ValueError(f"{name}={value}: use a power of two from {least} to "
+                         f"{most}")
+    if self.stages < 1:
+      raise ValueError(f"stages={self.stages}: use at least one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +149,16 @@ class Problem:
       offset_R = jnp.where(valid_R, offset_R, ref.shape[0])
     plgpu.store(ref.at[offset_R], value_R, mask=valid_R)
 
+  def first_row(self):
+    """First token and head of this program's tile of queries, and its kv head.
+
+    The last tokens come first: without a window they have most to do.
+    """
+    i, head_tile = divided(pl.program_id(0), self.num_heads // self.pack)
+    first_head = head_tile * self.pack
+    first_token = (pl.cdiv(self.num_queries, self.tokens) - 1 - i) * self.tokens
+    return first_token, first_head, divided(first_head, self.group)[0]
+
   def rows(self, first_token, first_head):
     """Token and head of each row, and whether there is such a token."""
     row_R = lax.iota(jnp.int32, self.tile.rows)
@@ -141,6 +166,36 @@ class Problem:
     token_R = first_token + lax.shift_right_logical(row_R, shift)
     return (token_R, first_head + (row_R & (self.pack - 1)),
             token_R < self.num_queries)
+
+  def key_blocks(self, first_token):
+    """Of the queries from `first_token` on: their first key, how many blocks
+    of keys they see, and from and to which block no mask is needed."""
+    keys = self.tile.keys
+    first_query = first_token + self.options.q_offset
+    end = jnp.minimum(first_query + self.tokens,
+                      self.options.q_offset + self.num_queries)
+    # Where the first query's window starts, and where the last one's does.
+    first_key = jnp.maximum(first_query - self.window + 1, 0)
+    seen_by_all = jnp.maximum(first_query + self.tokens - self.window, 0)
+    if self.options.window is None:
+      first_key = seen_by_all = 0
+    return (first_key, pl.cdiv(end - first_key, keys),
+            pl.cdiv(seen_by_all - first_key, keys),
+            (first_query + 1 - first_key) // keys)
+
+  def query_blocks(self, first_key):
+    """Of the keys from `first_key` on: the first token that sees one, how many
+    blocks of tokens do, and from and to which block no mask is needed."""
+    # As tokens: the first and the last key, and past the last that see them.
+    first = first_key - self.options.q_offset
+    last = first + self.tile.keys - 1
+    end = jnp.minimum(last + self.window, self.num_queries)
+    seen_by_first = jnp.minimum(first + self.window, self.num_queries)
+    first_token = jnp.maximum(first, 0)
+    blocks = lambda count: jnp.maximum(count, 0) // self.tokens
+    return (first_token, blocks(end - first_token + self.tokens - 1),
+            blocks(last - first_token + self.tokens - 1),
+            blocks(seen_by_first - first_token))
 
   def masked(self, x, fill, inside, seen):
     """`x` where `seen()`, else `fill`; compares only on the band's edges."""
@@ -161,7 +216,8 @@ class Problem:
         "{ .reg .f32 x; fma.rn.f32 x, $1, 0f%08X, $2; "
         "ex2.approx.ftz.f32 $0, x; }" % unit,
         args=[s, jnp.broadcast_to(-offset, s.shape)], constraints="=f,f,f",
-        pack=1, result_shape_dtypes=[s])[0]
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(s.shape, s.dtype)])[0]
 
 
 def _offsets(row_R, dim, valid_R):
@@ -171,9 +227,12 @@ def _offsets(row_R, dim, valid_R):
   if padded(dim) != dim:
     inside_RH = (column_H < dim)[None]
     mask_RH = inside_RH if mask_RH is None else mask_RH & inside_RH
-  if mask_RH is not None:
-    mask_RH = jnp.broadcast_to(mask_RH, offset_RH.shape)
   return offset_RH, mask_RH
+
+
+def flat_spec(x):
+  """One sequence of x [B, size]."""
+  return pl.BlockSpec((None, x.shape[1]), lambda _, batch: (batch, 0))
 
 
 def like(x, shape, dtype=None):
