@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.windowed_attention import gpu, windowed_attention
+from pallas_kernels.windowed_attention import (cached_attention, decode_gpu,
+                                               gpu, windowed_attention)
 from pallas_kernels.windowed_attention.gpu_tiles import Problem, Tile
 from pallas_kernels.windowed_attention.options import Options
 
@@ -157,6 +158,89 @@ def test_blocks_are_those_of_the_band(window, rows, keys, group):
           *problem.query_blocks(key), problem.tokens)
 
 
+# Name: sizes (B, T, S, K, G, H, the values' H), then options.
+CACHED = {
+    "ring": ((3, 1, 37, 2, 4, 20, 20), dict(window=37, sinks=True)),
+    "window inside the cache": ((2, 1, 150, 1, 8, 64, 64),
+                                dict(window=50, sinks=True)),
+    "guesses": ((3, 4, 61, 2, 3, 9, 13), dict(window=57, soft_cap=1.5)),
+    "full, in parts": ((2, 3, 131, 3, 2, 12, 12),
+                       dict(sinks=True, slots=16, parts=3)),
+    "long parts, narrow window": ((2, 1, 400, 1, 2, 5, 5),
+                                  dict(window=33, slots=16, parts=2)),
+    "more rows than a tile": ((1, 9, 53, 2, 10, 7, 7),
+                              dict(slots=32, parts=2)),
+}
+
+
+def cache(sizes, options, dtype=jnp.float32):
+  """Arguments of cached_attention: rows of unequal lengths, slots shuffled,
+  some empty, some with guesses that failed, and queries that are padding."""
+  batch, t, s, kv_heads, group, head_dim, v_head_dim = sizes
+  random = np.random.default_rng(s)
+  normal = lambda *shape: random.normal(size=shape).astype(
+      jnp.bfloat16).astype(dtype)
+  q = normal(batch, t, kv_heads * group, head_dim)
+  k_own, v_own = (normal(batch, t, kv_heads, d) for d in (head_dim, v_head_dim))
+  k, v = (normal(batch, s, kv_heads, d) for d in (head_dim, v_head_dim))
+  # The last row has a short past, the others more than the cache holds.
+  first = np.where(np.arange(batch) < batch - 1, s + 5, s // 3)
+  q_positions = first[:, None] + np.arange(t)
+  k_positions = first[:, None] - s + 2 + np.arange(s)
+  k_positions = np.maximum(k_positions, -1)
+  for row in k_positions:
+    random.shuffle(row)
+  if t > 1:
+    q_positions[0, -1] = -1
+  sinks = normal(kv_heads * group) if options.get("sinks") else None
+  return (q, k_own, v_own, k, v, q_positions.astype(np.int32),
+          k_positions.astype(np.int32), sinks)
+
+
+def run_cached(implementation, sizes, options, dtype=jnp.float32):
+  *arrays, sinks = cache(sizes, options, dtype)
+  options = {"window": None} | options
+  slots, parts = options.pop("slots", 64), options.pop("parts", None)
+  options["sinks_N"] = sinks
+  options.pop("sinks", None)
+  if implementation == "pallas-gpu":
+    options |= dict(interpret=True,
+                    blocks=decode_gpu.DecodeBlocks(slots, parts=parts))
+  return jax.jit(functools.partial(
+      cached_attention, scale=0.4, implementation=implementation,
+      **options))(*arrays)
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_attention_over_a_cache_is_the_references(case):
+  found = run_cached("pallas-gpu", *CACHED[case])
+  expected = run_cached("reference", *CACHED[case])
+  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_attention_over_a_cache_in_bfloat16():
+  sizes, options = CACHED["full, in parts"]
+  found = np.asarray(run_cached("pallas-gpu", sizes, options, jnp.bfloat16),
+                     np.float32)
+  expected = run_cached("reference", sizes, options)
+  error = np.linalg.norm(found - expected)
+  assert error <= 2 ** -7 * np.linalg.norm(expected)
+
+
+def test_unseen_slots_are_not_read():
+  """Past the last slot that is seen, the rest of a part is left out."""
+  q, k_own, v_own, k, v, q_positions, k_positions, _ = cache(
+      (1, 1, 320, 1, 2, 8, 8), {})
+  k_positions = np.where(np.arange(320) < 100, np.arange(320), -1)[None]
+  q_positions = np.full((1, 1), 100)
+  k[:, 112:] = v[:, 112:] = np.nan
+  found = cached_attention(
+      q, k_own, v_own, k, v, q_positions, k_positions, window=None, scale=0.4,
+      implementation="pallas-gpu", interpret=True,
+      blocks=decode_gpu.DecodeBlocks(16, parts=1))
+  assert np.isfinite(found).all()
+
+
 def test_what_is_unsupported():
   q = jnp.ones((1, 3, 2, 8), jnp.bfloat16)
   run = functools.partial(windowed_attention, window=2, scale=1.0,
@@ -200,6 +284,23 @@ def lowered_for_cuda(function, *args) -> str:
   with jax.sharding.use_abstract_mesh(mesh):
     return export.export(jax.jit(function), platforms=["cuda"],
                          disabled_checks=checks)(*args).mlir_module()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_lowers_for_cuda_over_a_cache(model):
+  num_heads, num_kv_heads, head_dim, window, has_sinks = MODELS[model]
+  shape = lambda *shape: jax.ShapeDtypeStruct((8, *shape), "bfloat16")
+  own, cached = (shape(length, num_kv_heads, head_dim)
+                 for length in (2, window or 32768))
+  positions = [jax.ShapeDtypeStruct(x.shape[:2], "int32")
+               for x in (own, cached)]
+  module = lowered_for_cuda(
+      functools.partial(
+          cached_attention, window=window, scale=1.0,
+          sinks_N=jnp.ones(num_heads) if has_sinks else None,
+          implementation="pallas-gpu"),
+      shape(2, num_heads, head_dim), own, own, cached, cached, *positions)
+  assert "cached_attention" in module and "stablehlo.transpose" not in module
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
