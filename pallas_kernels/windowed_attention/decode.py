@@ -2,13 +2,15 @@
 import jax.numpy as jnp
 
 from pallas_kernels import choice, platforms
-from pallas_kernels.windowed_attention import decode_tpu, decode_xla, reference
+from pallas_kernels.windowed_attention import (decode_gpu, decode_tpu,
+                                               decode_xla, reference)
 from pallas_kernels.windowed_attention.options import CacheOptions
 
 # Each has unsupported() and forward(), as in decode_xla.py.
-IMPLEMENTATIONS = {"xla": decode_xla, "pallas-tpu": decode_tpu}
+IMPLEMENTATIONS = {"xla": decode_xla, "pallas-tpu": decode_tpu,
+                   "pallas-gpu": decode_gpu}
 # What "auto" takes the first supported one of, by platform, before "xla".
-PREFERRED = {"tpu": ("pallas-tpu",)}
+PREFERRED = {"tpu": ("pallas-tpu",), "gpu": ("pallas-gpu",)}
 
 
 def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
@@ -35,8 +37,8 @@ def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
       slot.
     v_head_dim: with None for both values, how many of the keys' first numbers
       are the values (the latents of multi-head latent attention).
-    implementation: "xla", "pallas-tpu", "reference" or "auto": the best one
-      that the platform compiled for supports.
+    implementation: "xla", "pallas-tpu", "pallas-gpu", "reference" or "auto":
+      the best one that the platform compiled for supports.
     (The others as in `windowed_attention`.)
 
   Returns:
