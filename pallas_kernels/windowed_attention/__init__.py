@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platforms
-from pallas_kernels.windowed_attention import reference, xla
+from pallas_kernels.windowed_attention import reference, tpu, xla
 from pallas_kernels.windowed_attention.options import Options
 
 # Each has unsupported(), forward() and backward(), as in xla.py.
-IMPLEMENTATIONS = {"xla": xla}
+IMPLEMENTATIONS = {"xla": xla, "pallas-tpu": tpu}
 BEST = {}  # by platform, where it is not "xla"
 
 

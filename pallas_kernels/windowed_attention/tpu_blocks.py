@@ -9,8 +9,13 @@ class ForwardBlocks:
   queries: positions of a grid step, a multiple of 128.
   keys: of a grid step of the kernel with a running softmax; likewise.
   """
-  queries: int = 1024
-  keys: int = 1024
+  queries: int = 512
+  keys: int = 512
+
+  def __post_init__(self):
+    for name in ("queries", "keys"):
+      if (size := getattr(self, name)) < 128 or size % 128:
+        raise ValueError(f"{name}={size} of a block: use a multiple of 128")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,3 +31,11 @@ VMEM_LIMIT = {"v5e": 96 << 20, "v6e": 96 << 20, "v5p": 44 << 20,
 
 def vmem_limit(generation: str | None) -> int | None:
   return VMEM_LIMIT.get(generation)
+
+
+def forward_blocks(blocks, num_queries, window) -> ForwardBlocks:
+  """Those given, or the default for so many queries."""
+  if blocks is not None:
+    return blocks
+  size = max(128, min(512, num_queries // 128 * 128))
+  return ForwardBlocks(size, size)
