@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import choice, platforms
-from pallas_kernels.windowed_attention import gpu, reference, xla
+from pallas_kernels.windowed_attention import gpu, reference, tpu, xla
 from pallas_kernels.windowed_attention.decode import cached_attention
 from pallas_kernels.windowed_attention.options import Options
 
 # Each has unsupported(), forward() and backward(), as in xla.py.
-IMPLEMENTATIONS = {"xla": xla, "pallas-gpu": gpu}
+IMPLEMENTATIONS = {"xla": xla, "pallas-tpu": tpu, "pallas-gpu": gpu}
 # What "auto" takes the first supported one of, by platform, before "xla".
-PREFERRED = {"gpu": ("pallas-gpu",)}
+PREFERRED = {"tpu": ("pallas-tpu",), "gpu": ("pallas-gpu",)}
 
 
 def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
