@@ -19,9 +19,39 @@ class ForwardBlocks:
 
 
 @dataclasses.dataclass(frozen=True)
+class BackwardBlocks:
+  """Sizes of the backward kernels' blocks.
+
+  rows: queries, and keys, of a grid step, a multiple of 128.
+  lanes: queries, of one head or several, scored together: 128 or 256.
+  sub: of these, so many of a head where a narrow window is masked by the
+    matrix unit: 16 to 128.
+  lead, lag: by how many items' scores the matrix unit is ahead of the softmax,
+    and this ahead of the gradients.
+  """
+  rows: int = 512
+  lanes: int = 256
+  sub: int = 32
+  lead: int = 1
+  lag: int = 1
+
+  def __post_init__(self):
+    if self.rows < 128 or self.rows % 128:
+      raise ValueError(f"rows={self.rows} of a block: use a multiple of 128")
+    if self.lanes not in (128, 256):
+      raise ValueError(f"lanes={self.lanes} of a block: use 128 or 256")
+    if self.sub not in (16, 32, 64, 128):
+      raise ValueError(f"sub={self.sub} of a block: use 16, 32, 64 or 128")
+    if min(self.lead, self.lag) < 0:
+      raise ValueError(f"lead={self.lead} and lag={self.lag} of a block: use "
+                       "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class Blocks:
   """What `blocks=` takes; None stands for the default."""
   forward: ForwardBlocks | None = None
+  backward: BackwardBlocks | None = None
 
 
 # Of a core's VMEM (128 MiB on v5e and v6e, else 64), what a kernel may use.
@@ -39,3 +69,9 @@ def forward_blocks(blocks, num_queries, window) -> ForwardBlocks:
     return blocks
   size = max(128, min(512, num_queries // 128 * 128))
   return ForwardBlocks(size, size)
+
+
+def backward_blocks(generation: str | None) -> BackwardBlocks:
+  if generation in ("v4", "v5e", "v5p"):
+    return BackwardBlocks(lanes=128)
+  return BackwardBlocks()
