@@ -166,13 +166,13 @@ def _swap(tiles):
 def _row(x_GT, plan, column, part, first_head):
   """A statistic [1, lanes] for the lanes of an item, from one per head."""
   m, width = plan.packed, plan.sub
-  columns = pl.ds(column * plan.column, plan.column)
-  if m == 1:
-    return jnp.concatenate([x_GT[pl.ds(first_head + i, 1), columns]
-                            for i in range(plan.heads)], 1)
-  x = x_GT[:, columns]
-  block = lax.broadcasted_iota(jnp.int32, x.shape, 1) // width
+  x = x_GT[:, pl.ds(column * plan.column, plan.column)]
   head = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+  if m == 1:  # the head may be a loop's counter, which cannot index sublanes
+    return jnp.concatenate([
+        jnp.sum(jnp.where(head == first_head + i, x, 0), 0, keepdims=True)
+        for i in range(plan.heads)], 1)
+  block = lax.broadcasted_iota(jnp.int32, x.shape, 1) // width
   # Block a takes what stands in block `part`.
   moved = x
   for a in range(m):
@@ -213,29 +213,19 @@ class _Step:
     self.plan, self.first_tile = plan, first_tile
     self.__dict__.update(references)
 
-  def queries(self, packed, plain, item):
-    plan = self.plan
-    if packed is not None:
-      return jnp.concatenate([
-          packed[item.column, (item.heads + i) // plan.packed, item.part]
-          for i in range(0, plan.heads, plan.packed)], 1)
-    columns = pl.ds(item.column * plan.column, plan.column)
-    return jnp.concatenate([plain[item.heads + i, :, columns]
-                            for i in range(plan.heads)], 1)
-
   def scores(self, item):
     plan = self.plan
     if self.pack is not None and item.part == 0 and item.heads == 0:
       self.pack(item.column)
     first = item.start - self.first_tile * LANES
     rows = pl.ds(first, item.stop - item.start)
-    k, q = self.kt[rows], self.queries(self.packed_q, self.q, item)
+    k, q = self.kt[rows], self.q(item)
     if plan.mask_by_matmul:
       oldest = item.query(plan) + (1 - plan.window) // 16 * 16
       left = self.mask_left[pl.ds(item.start - oldest, item.stop - item.start)]
       k = pltpu.bitcast(_as_words(k) | _as_words(left), k.dtype)
       q = jnp.concatenate([q, self.mask_right[...]], 0)
-    do = self.queries(self.packed_do, self.do, item)
+    do = self.do(item)
     return _multiply(k, q), _multiply(self.vt[rows], do)
 
   def seen(self, item):
@@ -280,7 +270,7 @@ class _Step:
     ds = p * (dp - _row(self.delta, *args))
     if slope is not None:
       ds *= slope
-    return p.astype(self.q.dtype), ds.astype(self.q.dtype)
+    return [self.tiles_of(item, x).astype(self.kt.dtype) for x in (p, ds)]
 
   def tiles_of(self, item, x):
     """Rows of scores as whole tiles of keys, zero elsewhere."""
@@ -291,27 +281,29 @@ class _Step:
 
   def gradients(self, item, p, ds):
     first, last = (tile - self.first_tile for tile in item.tiles)
-    p, ds = self.tiles_of(item, p), self.tiles_of(item, ds)
     if self.add_dq is not None:
       self.add_dq(item, _multiply(self.keys(first, last), ds))
     if self.dk is not None:
       lanes = pl.ds(first * LANES, (last - first) * LANES)
       self.dk[:, lanes] += _multiply(
-          self.queries(self.packed_q, self.q, item), ds, ROWS)
+          self.q(item), ds, ROWS)
       self.dv[:, lanes] += _multiply(
-          self.queries(self.packed_do, self.do, item), p, ROWS)
+          self.do(item), p, ROWS)
 
   def run(self, items):
     _pipeline(self.plan, items, self.scores, self.softmax, self.gradients)
 
 
-def _transpose(to, x, first=0):
-  """Writes x [head_dim, keys] into [keys, head_dim], with zeros beside."""
+def _transpose(to, x, first=0, tiles=None):
+  """Writes x [head_dim, keys] into [keys, head_dim], with zeros beside, and as
+  it is into [tiles of 128 keys, head_dim, 128]."""
   zeros = [jnp.zeros((to.shape[1] - x.shape[0], LANES), x.dtype)]
   zeros = zeros if to.shape[1] > x.shape[0] else []
   for start in range(0, x.shape[1], LANES):
-    tile = jnp.concatenate([x[:, start:start + LANES], *zeros], 0)
-    to[pl.ds(first + start, LANES)] = tile.T
+    tile = x[:, start:start + LANES]
+    if tiles is not None:
+      tiles[(first + start) // LANES] = tile
+    to[pl.ds(first + start, LANES)] = jnp.concatenate([tile, *zeros], 0).T
 
 
 def _segments_down(to, segments, first=0):
@@ -325,28 +317,31 @@ class _Names:
   """Takes references off a list, by turns."""
 
   def __init__(self, refs):
-    self.refs = list(refs)
+    self.refs = iter(refs)
+
+  def one(self, present=True):
+    return next(self.refs) if present else None
 
   def take(self, count, present=True):
-    found = self.refs[:count] if present else [None] * count
-    self.refs = self.refs[count:] if present else self.refs
-    return found[0] if count == 1 else found
+    return [self.one(present) for _ in range(count)]
 
 
 def _narrow_kernel(*refs, plan, has_segments):
   names = _Names(refs)
-  q, do, lse, delta, k, v, k_before, v_before = names.take(8)
+  q, do = (names.take(plan.rows // LANES) for _ in range(2))
+  lse, delta, k, v, k_before, v_before = names.take(6)
   mask_left, mask_right = names.take(2, plan.mask_by_matmul)
   segments, segments_before = names.take(2, has_segments)
-  dq, dk, dv, kt, vt, dk_sum, dv_sum = names.take(7)
+  dq, dk, dv, kt, vt, key_tiles, dk_sum, dv_sum = names.take(8)
   packed_q, packed_do, packed_dq = names.take(3, plan.packed > 1)
-  key_segments = names.take(1, has_segments)
+  key_segments = names.one(has_segments)
   halo = k_before.shape[1]
   i = pl.num_programs(2) - 1 - pl.program_id(2)
 
-  for to, before, x in (kt, k_before, k), (vt, v_before, v):
-    _transpose(to, before[...])
-    _transpose(to, x[...], halo)
+  for to, before, x, tiles in ((kt, k_before, k, key_tiles),
+                               (vt, v_before, v, None)):
+    _transpose(to, before[...], 0, tiles)
+    _transpose(to, x[...], halo, tiles)
   if has_segments:
     _segments_down(key_segments, segments_before[...])
     _segments_down(key_segments, segments[...], halo)
@@ -357,20 +352,21 @@ def _narrow_kernel(*refs, plan, has_segments):
     x[:, plan.rows:] = later
 
   def keys(first, last):
-    """Tiles of k, counted from the halo's first."""
-    split = halo // LANES
-    found = [k_before[:, pl.ds(tile * LANES, LANES)] if tile < split else
-             k[:, pl.ds((tile - split) * LANES, LANES)]
-             for tile in range(first, last)]
-    return jnp.concatenate(found, 1)
+    return jnp.concatenate([key_tiles[t] for t in range(first, last)], 1)
 
   def pack(column):
     for x, packed in (q, packed_q), (do, packed_do):
       for first in range(0, plan.group, plan.packed):
-        tiles = _swap([x[first + n, :, pl.ds(column * LANES, LANES)]
-                       for n in range(plan.packed)])
+        tiles = _swap([x[column][first + n] for n in range(plan.packed)])
         for part, tile in enumerate(tiles):
           packed[column, first // plan.packed, part] = tile
+
+  def queries(columns, packed, item):
+    heads = range(item.heads, item.heads + plan.heads, plan.packed)
+    return jnp.concatenate([
+        columns[item.column][head] if plan.packed == 1 else
+        packed[item.column, head // plan.packed, item.part]
+        for head in heads], 1)
 
   def add_dq(item, dq_HL):
     dq_HL = (plan.scale * dq_HL).astype(dq.dtype)
@@ -397,10 +393,10 @@ def _narrow_kernel(*refs, plan, has_segments):
       for heads in range(0, plan.group, plan.heads):
         items += _items(plan, column, part, heads, first_tile,
                         plan.rows // LANES, plan.rows)
-  _Step(plan, first_tile, q=q, do=do, lse=lse, delta=delta, kt=kt, vt=vt,
-        packed_q=packed_q, packed_do=packed_do, mask_left=mask_left,
-        mask_right=mask_right, segments=segments, key_segments=key_segments,
-        halo_unseen=jnp.where(i == 0, -UNSEEN, 0.0), keys=keys,
+  _Step(plan, first_tile, q=functools.partial(queries, q, packed_q),
+        do=functools.partial(queries, do, packed_do), lse=lse, delta=delta,
+        kt=kt, vt=vt, mask_left=mask_left, mask_right=mask_right,
+        segments=segments, key_segments=key_segments, halo_unseen=jnp.where(i == 0, -UNSEEN, 0.0), keys=keys,
         pack=pack if plan.packed > 1 else None, add_dq=add_dq, dk=dk_sum,
         dv=dv_sum).run(items)
   dk[...] = (plan.scale * dk_sum[:, halo:]).astype(dk.dtype)
@@ -411,12 +407,12 @@ def _wide_kernel(*refs, plan, has_segments, want_q, want_k):
   names = _Names(refs)
   q, do, lse, delta, k, v = names.take(6)
   segments, segments_k = names.take(2, has_segments)
-  dq = names.take(1, want_q)
+  dq = names.one(want_q)
   dk, dv = names.take(2, want_k)
   kt, vt = names.take(2)
-  dq_sum = names.take(1, want_q)
+  dq_sum = names.one(want_q)
   dk_ring, dv_ring = names.take(2, want_k)
-  key_segments = names.take(1, has_segments)
+  key_segments = names.one(has_segments)
   num_blocks, steps = pl.num_programs(2), pl.num_programs(3)
   j = pl.program_id(3)  # how many blocks the keys lie before the queries
   if want_q:
@@ -444,12 +440,18 @@ def _wide_kernel(*refs, plan, has_segments, want_q, want_k):
         dq_sum[item.heads + n, :, columns] += (
             dq_HL[:, n * plan.column:(n + 1) * plan.column])
 
+    def queries(x, item):
+      columns = pl.ds(item.column * plan.column, plan.column)
+      return jnp.concatenate([x[item.heads + n, :, columns]
+                              for n in range(plan.heads)], 1)
+
     tiles = plan.rows // LANES
     first_tile = -blocks_before * tiles
     step = _Step(
-        plan, first_tile, q=q, do=do, lse=lse, delta=delta, kt=kt, vt=vt,
-        packed_q=None, packed_do=None, pack=None, segments=segments,
-        key_segments=key_segments, halo_unseen=None,
+        plan, first_tile, q=functools.partial(queries, q),
+        do=functools.partial(queries, do), lse=lse, delta=delta, kt=kt, vt=vt,
+        pack=None, segments=segments, key_segments=key_segments,
+        halo_unseen=None,
         keys=lambda first, last: k[:, pl.ds(first * LANES,
                                             (last - first) * LANES)],
         add_dq=add_dq if want_q else None,
@@ -507,8 +509,14 @@ def _narrow(plan, q, k, v, do, lse, delta, segments, options):
                         lambda b, h, i: (b, h, 0, at(i)))
   before_spec = pl.BlockSpec((None, None, head_dim, halo),
                              lambda b, h, i: (b, h, 0, before(i)))
-  args = [q, do, lse, delta, k, v, k, v]
-  in_specs = [q_spec, q_spec, row_spec, row_spec, k_spec, k_spec, before_spec,
+  # By columns: a register's 16 rows of bfloat16 then lie together in VMEM.
+  columns = rows // LANES
+  column_specs = [pl.BlockSpec(
+      (None, None, group, head_dim, LANES),
+      lambda b, h, i, c=c: (b, h, 0, 0, at(i) * columns + c))
+                  for c in range(columns)]
+  args = [*[q] * columns, *[do] * columns, lse, delta, k, v, k, v]
+  in_specs = [*column_specs, *column_specs, row_spec, row_spec, k_spec, k_spec, before_spec,
               before_spec]
   depth = head_dim
   if plan.mask_by_matmul:
@@ -526,6 +534,7 @@ def _narrow(plan, q, k, v, do, lse, delta, segments, options):
   keys = halo + rows
   scratch = [pltpu.VMEM((keys, depth), q.dtype),
              pltpu.VMEM((keys, head_dim), q.dtype),
+             pltpu.VMEM((keys // LANES, head_dim, LANES), q.dtype),
              *[pltpu.VMEM((head_dim, keys), jnp.float32)] * 2]
   if plan.packed > 1:
     scratch += [pltpu.VMEM((rows // LANES, group // plan.packed, plan.packed,
