@@ -137,18 +137,28 @@ def _pipeline(plan, items, scores, softmax, gradients):
       gradients(items[n - plan.lead - plan.lag], *b.popleft())
 
 
-def _as_words(x):
-  return x if x.dtype.itemsize == 4 else pltpu.bitcast(x, jnp.int32)
+def _words(x):
+  """A reference to, or an array of, bfloat16 as int32, two rows in one.
+
+  Such a register loads and stores as a whole: 16 rows of bfloat16 lie in
+  memory as two tiles of 8 rows, which it takes further instructions to join.
+  """
+  if x.dtype.itemsize == 4:
+    return x
+  return (pltpu.bitcast(x, jnp.int32) if isinstance(x, jax.Array)
+          else x.bitcast(jnp.int32))
+
+
+def _values(x, dtype):
+  """Undoes _words for an array."""
+  return x if x.dtype == dtype else pltpu.bitcast(x, dtype)
 
 
 def _swap(tiles):
-  """Of m arrays [rows, 128] of m blocks of lanes, block j of array i becomes
+  """Of m arrays of words [rows, 128], of m blocks of lanes, block j of array i becomes
   block i of array j: from a head each to a part of the queries each."""
-  m, dtype = len(tiles), tiles[0].dtype
-  if m == 1:
-    return tiles
+  m = len(tiles)
   width = LANES // m
-  tiles = [_as_words(x) for x in tiles]
   lane = lax.broadcasted_iota(jnp.int32, tiles[0].shape, 1)
   step = 1
   while step < m:
@@ -160,7 +170,7 @@ def _swap(tiles):
         tiles[i + step] = jnp.where(
             high, b, pltpu.roll(a, LANES - step * width, 1))
     step *= 2
-  return [x if x.dtype == dtype else pltpu.bitcast(x, dtype) for x in tiles]
+  return tiles
 
 
 def _row(x_GT, plan, column, part, first_head):
@@ -209,24 +219,30 @@ class _Step:
     the first rows of kt and vt and the first lanes of keys hold.
   """
 
-  def __init__(self, plan, first_tile, **references):
-    self.plan, self.first_tile = plan, first_tile
+  def __init__(self, plan, first_tile, dtype, **references):
+    self.plan, self.first_tile, self.dtype = plan, first_tile, dtype
     self.__dict__.update(references)
+
+  def rows(self, x, first, count):
+    """Rows of an array that is kept as words."""
+    each = 4 // self.dtype.itemsize
+    return _values(x[pl.ds(first // each, count // each)], self.dtype)
 
   def scores(self, item):
     plan = self.plan
     if self.pack is not None and item.part == 0 and item.heads == 0:
       self.pack(item.column)
     first = item.start - self.first_tile * LANES
-    rows = pl.ds(first, item.stop - item.start)
-    k, q = self.kt[rows], self.q(item)
+    k, q = self.rows(self.kt, first, item.stop - item.start), self.q(item)
     if plan.mask_by_matmul:
       oldest = item.query(plan) + (1 - plan.window) // 16 * 16
-      left = self.mask_left[pl.ds(item.start - oldest, item.stop - item.start)]
-      k = pltpu.bitcast(_as_words(k) | _as_words(left), k.dtype)
-      q = jnp.concatenate([q, self.mask_right[...]], 0)
+      left = self.rows(self.mask_left, item.start - oldest,
+                       item.stop - item.start)
+      k = _values(_words(k) | _words(left), self.dtype)
+      q = jnp.concatenate([q, _values(self.mask_right[...], self.dtype)], 0)
     do = self.do(item)
-    return _multiply(k, q), _multiply(self.vt[rows], do)
+    v = self.rows(self.vt, first, item.stop - item.start)
+    return _multiply(k, q), _multiply(v, do)
 
   def seen(self, item):
     """Where queries see keys, or None where they all do."""
@@ -270,7 +286,7 @@ class _Step:
     ds = p * (dp - _row(self.delta, *args))
     if slope is not None:
       ds *= slope
-    return [self.tiles_of(item, x).astype(self.kt.dtype) for x in (p, ds)]
+    return [self.tiles_of(item, x).astype(self.dtype) for x in (p, ds)]
 
   def tiles_of(self, item, x):
     """Rows of scores as whole tiles of keys, zero elsewhere."""
@@ -302,8 +318,10 @@ def _transpose(to, x, first=0, tiles=None):
   for start in range(0, x.shape[1], LANES):
     tile = x[:, start:start + LANES]
     if tiles is not None:
-      tiles[(first + start) // LANES] = tile
-    to[pl.ds(first + start, LANES)] = jnp.concatenate([tile, *zeros], 0).T
+      tiles[(first + start) // LANES] = _words(tile)
+    turned = _words(jnp.concatenate([tile, *zeros], 0).T)
+    rows = turned.shape[0]
+    to[pl.ds((first + start) // LANES * rows, rows)] = turned
 
 
 def _segments_down(to, segments, first=0):
@@ -335,7 +353,7 @@ def _narrow_kernel(*refs, plan, has_segments):
   dq, dk, dv, kt, vt, key_tiles, dk_sum, dv_sum = names.take(8)
   packed_q, packed_do, packed_dq = names.take(3, plan.packed > 1)
   key_segments = names.one(has_segments)
-  halo = k_before.shape[1]
+  halo, dtype = k_before.shape[1], k.dtype
   i = pl.num_programs(2) - 1 - pl.program_id(2)
 
   for to, before, x, tiles in ((kt, k_before, k, key_tiles),
@@ -352,31 +370,33 @@ def _narrow_kernel(*refs, plan, has_segments):
     x[:, plan.rows:] = later
 
   def keys(first, last):
-    return jnp.concatenate([key_tiles[t] for t in range(first, last)], 1)
+    return jnp.concatenate([_values(key_tiles[t], dtype)
+                            for t in range(first, last)], 1)
 
   def pack(column):
     for x, packed in (q, packed_q), (do, packed_do):
       for first in range(0, plan.group, plan.packed):
-        tiles = _swap([x[column][first + n] for n in range(plan.packed)])
+        tiles = _swap([_words(x[column])[0, 0, first + n]
+                       for n in range(plan.packed)])
         for part, tile in enumerate(tiles):
           packed[column, first // plan.packed, part] = tile
 
   def queries(columns, packed, item):
     heads = range(item.heads, item.heads + plan.heads, plan.packed)
     return jnp.concatenate([
-        columns[item.column][head] if plan.packed == 1 else
-        packed[item.column, head // plan.packed, item.part]
+        columns[item.column][0, 0, head] if plan.packed == 1 else
+        _values(packed[item.column, head // plan.packed, item.part], dtype)
         for head in heads], 1)
 
   def add_dq(item, dq_HL):
-    dq_HL = (plan.scale * dq_HL).astype(dq.dtype)
+    dq_HL = _words((plan.scale * dq_HL).astype(dtype))
     width = max(LANES, plan.sub)
     columns = pl.ds(item.column * plan.column, plan.column)
     for n, head in enumerate(range(item.heads, item.heads + plan.heads,
                                    plan.packed)):
       tile = dq_HL[:, n * width:(n + 1) * width]
       if plan.packed == 1:
-        dq[head, :, columns] = tile
+        _words(dq)[0, 0, head, :, columns] = tile
         continue
       group = head // plan.packed
       packed_dq[item.column, group, item.part] = tile
@@ -384,7 +404,7 @@ def _narrow_kernel(*refs, plan, has_segments):
         tiles = [packed_dq[item.column, group, part]
                  for part in range(plan.packed)]
         for m, tile in enumerate(_swap(tiles)):
-          dq[head + m, :, columns] = tile
+          _words(dq)[0, 0, head + m, :, columns] = tile
 
   first_tile = -halo // LANES
   items = []
@@ -393,7 +413,7 @@ def _narrow_kernel(*refs, plan, has_segments):
       for heads in range(0, plan.group, plan.heads):
         items += _items(plan, column, part, heads, first_tile,
                         plan.rows // LANES, plan.rows)
-  _Step(plan, first_tile, q=functools.partial(queries, q, packed_q),
+  _Step(plan, first_tile, dtype, q=functools.partial(queries, q, packed_q),
         do=functools.partial(queries, do, packed_do), lse=lse, delta=delta,
         kt=kt, vt=vt, mask_left=mask_left, mask_right=mask_right,
         segments=segments, key_segments=key_segments, halo_unseen=jnp.where(i == 0, -UNSEEN, 0.0), keys=keys,
@@ -448,7 +468,7 @@ def _wide_kernel(*refs, plan, has_segments, want_q, want_k):
     tiles = plan.rows // LANES
     first_tile = -blocks_before * tiles
     step = _Step(
-        plan, first_tile, q=functools.partial(queries, q),
+        plan, first_tile, k.dtype, q=functools.partial(queries, q),
         do=functools.partial(queries, do), lse=lse, delta=delta, kt=kt, vt=vt,
         pack=None, segments=segments, key_segments=key_segments,
         halo_unseen=None,
@@ -494,6 +514,14 @@ def _wide_kernel(*refs, plan, has_segments, want_q, want_k):
       dv[...] = dv_ring[slot].astype(dv.dtype)
 
 
+def _kept(*shape_and_dtype):
+  """Scratch for an array that is kept as words."""
+  *shape, dtype = shape_and_dtype
+  shape[-2] //= 4 // dtype.itemsize
+  return pltpu.VMEM(tuple(shape), jnp.float32 if dtype.itemsize == 4
+                    else jnp.int32)
+
+
 def _narrow(plan, q, k, v, do, lse, delta, segments, options):
   """dq, dk and dv of a narrow window, of whole blocks."""
   batch, num_kv_heads, group, head_dim, length = q.shape
@@ -501,7 +529,8 @@ def _narrow(plan, q, k, v, do, lse, delta, segments, options):
   rows, count, ratio = plan.rows, length // plan.rows, plan.rows // halo
   at = lambda i: count - 1 - i
   before = lambda i: jnp.maximum(at(i) * ratio - 1, 0)
-  q_spec = pl.BlockSpec((None, None, group, head_dim, rows),
+  # Dimensions of 1 stay, for a reference without cannot be taken as words.
+  q_spec = pl.BlockSpec((1, 1, group, head_dim, rows),
                         lambda b, h, i: (b, h, 0, 0, at(i)))
   row_spec = pl.BlockSpec((None, None, group, rows),
                           lambda b, h, i: (b, h, 0, at(i)))
@@ -512,7 +541,7 @@ def _narrow(plan, q, k, v, do, lse, delta, segments, options):
   # By columns: a register's 16 rows of bfloat16 then lie together in VMEM.
   columns = rows // LANES
   column_specs = [pl.BlockSpec(
-      (None, None, group, head_dim, LANES),
+      (1, 1, group, head_dim, LANES),
       lambda b, h, i, c=c: (b, h, 0, 0, at(i) * columns + c))
                   for c in range(columns)]
   args = [*[q] * columns, *[do] * columns, lse, delta, k, v, k, v]
@@ -524,7 +553,9 @@ def _narrow(plan, q, k, v, do, lse, delta, segments, options):
     left, right = _mask_factors(plan)
     left = np.pad(left, ((0, 0), (head_dim, 0)))
     for x in left, right:
-      args.append(jnp.asarray(x, q.dtype))
+      x = x.astype(q.dtype).view(np.uint16).astype(np.uint32)
+      x = (x[::2] | x[1::2] << 16).view(np.int32)  # words
+      args.append(jnp.asarray(x))
       in_specs.append(pl.BlockSpec(x.shape, lambda b, h, i: (0, 0)))
   if segments is not None:
     args += [segments, segments]
@@ -532,13 +563,12 @@ def _narrow(plan, q, k, v, do, lse, delta, segments, options):
                  pl.BlockSpec((None, 1, halo),
                               lambda b, h, i: (b, 0, before(i)))]
   keys = halo + rows
-  scratch = [pltpu.VMEM((keys, depth), q.dtype),
-             pltpu.VMEM((keys, head_dim), q.dtype),
-             pltpu.VMEM((keys // LANES, head_dim, LANES), q.dtype),
+  scratch = [_kept(keys, depth, q.dtype), _kept(keys, head_dim, q.dtype),
+             _kept(keys // LANES, head_dim, LANES, q.dtype),
              *[pltpu.VMEM((head_dim, keys), jnp.float32)] * 2]
   if plan.packed > 1:
-    scratch += [pltpu.VMEM((rows // LANES, group // plan.packed, plan.packed,
-                            head_dim, LANES), q.dtype)] * 3
+    scratch += [_kept(rows // LANES, group // plan.packed, plan.packed,
+                      head_dim, LANES, q.dtype)] * 3
   if segments is not None:
     scratch.append(pltpu.VMEM((keys, LANES), jnp.int32))
   return pl.pallas_call(
@@ -581,7 +611,7 @@ def _wide(plan, q, k, v, do, lse, delta, segments, options, want_q=True,
       in_specs.append(pl.BlockSpec(
           (None, 1, rows), lambda b, h, i, j, at=at: (b, 0, at(i, j))))
   out, out_specs = [], []
-  scratch = [pltpu.VMEM((rows, head_dim), q.dtype)] * 2
+  scratch = [_kept(rows, head_dim, q.dtype)] * 2
   if want_q:
     out.append(q)
     out_specs.append(q_spec)
