@@ -28,6 +28,7 @@ class RunningBlocks:
 
 
 @dataclasses.dataclass(frozen=True)
+<<<<<<< HEAD
 class FoldBlocks:
   """Sizes of the kernel for windows of a multiple of 128, without segments,
   soft cap or offset.
@@ -65,12 +66,45 @@ class FoldBlocks:
       return (f"the {shape.group} query heads of a key head do not come in "
               f"tiles of {self.heads}: use a divisor")
     return None
+=======
+class BackwardBlocks:
+  """Sizes of the backward kernels' blocks.
+
+  rows: queries, and keys, of a grid step, a multiple of 128.
+  lanes: queries, of one head or several, scored together: 128 or 256.
+  sub: of these, so many of a head where a narrow window is masked by the
+    matrix unit: 16 to 128.
+  lead, lag: by how many items' scores the matrix unit is ahead of the softmax,
+    and this ahead of the gradients.
+  """
+  rows: int = 512
+  lanes: int = 256
+  sub: int = 32
+  lead: int = 1
+  lag: int = 1
+
+  def __post_init__(self):
+    if self.rows < 128 or self.rows % 128:
+      raise ValueError(f"rows={self.rows} of a block: use a multiple of 128")
+    if self.lanes not in (128, 256):
+      raise ValueError(f"lanes={self.lanes} of a block: use 128 or 256")
+    if self.sub not in (16, 32, 64, 128):
+      raise ValueError(f"sub={self.sub} of a block: use 16, 32, 64 or 128")
+    if min(self.lead, self.lag) < 0:
+      raise ValueError(f"lead={self.lead} and lag={self.lag} of a block: use "
+                       "0 or more")
+>>>>>>> attn-bwd
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
   """What `blocks=` takes; None stands for the default."""
+<<<<<<< HEAD
   forward: RunningBlocks | FoldBlocks | None = None
+=======
+  forward: ForwardBlocks | None = None
+  backward: BackwardBlocks | None = None
+>>>>>>> attn-bwd
 
 
 # Of a core's VMEM (128 MiB on v5e and v6e, else 64), what a kernel may use.
@@ -82,6 +116,7 @@ def vmem_limit(generation: str | None) -> int | None:
   return VMEM_LIMIT.get(generation)
 
 
+<<<<<<< HEAD
 def _up(size, unit):
   return -(-size // unit) * unit
 
@@ -100,3 +135,17 @@ def forward_blocks(shape: Shape, generation: str | None
   lead, lag = (3, 2) if shape.window <= 256 else (1, 1)
   fold = FoldBlocks(_up(queries, shape.window), rows, heads, lead, lag)
   return running if fold.unfit(shape) else fold
+=======
+def forward_blocks(blocks, num_queries, window) -> ForwardBlocks:
+  """Those given, or the default for so many queries."""
+  if blocks is not None:
+    return blocks
+  size = max(128, min(512, num_queries // 128 * 128))
+  return ForwardBlocks(size, size)
+
+
+def backward_blocks(generation: str | None) -> BackwardBlocks:
+  if generation in ("v4", "v5e", "v5p"):
+    return BackwardBlocks(lanes=128)
+  return BackwardBlocks()
+>>>>>>> attn-bwd
