@@ -88,8 +88,10 @@ def unsupported(x_MD, weights, options) -> str | None:
     return (f"blocks={options.blocks!r}: give "
             "pallas_kernels.expert_matmul.gpu.Blocks")
   for x in (x_MD, *jax.tree.leaves(weights)):
-    # Between 32-bit and 64-bit offsets, Triton's lowering has a gap.
-    if 2 ** 31 <= x.size and x.nbytes <= 2 ** 32:
+    # Triton's lowering takes signed 32-bit offsets up to 4 GiB, whatever the
+    # elements' size. (MXFP4 is read as words.)
+    if (2 ** 31 <= x.size and x.size * x.dtype.itemsize <= 2 ** 32
+        and not isinstance(weights, MXFP4)):
       return (f"an array {x.dtype} {x.shape} has 2^31 elements or more in at "
               "most 4 GiB: split the experts")
   return _misfit(weights, options.blocks)

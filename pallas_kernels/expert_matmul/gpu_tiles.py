@@ -209,8 +209,11 @@ class MXFP4Product(Product):
     return load(ref, expert, cut(*outputs), cut(*inputs, values))
 
   def start(self, refs, expert, column):
+    # A traced zero: a tile known to reach past the end is refused, masked or
+    # not.
+    first = jnp.minimum(column, 0)
     return (super().start(refs, expert, column),
-            self._tile(refs[1], BLOCK, expert, column, 0))
+            self._tile(refs[1], BLOCK, expert, column, first))
 
   def step(self, i, carry, x_ref, refs, expert, row, end, column):
     y, scales = carry
