@@ -62,7 +62,7 @@ class Blocks:
 
 # By what is multiplied: few rows an expert, many, and the input's gradient.
 DEFAULTS = {
-    MXFP4: (Blocks(16, 64, 256, 4, 4), Blocks(128, 128, 128, 8, 3),
+    MXFP4: (Blocks(16, 64, 256, 4, 4), Blocks(128, 128, 128, 8, 2),
             Blocks(64, 128, 64, 4, 3)),
     Int8: (Blocks(16, 64, 128, 4, 4), Blocks(128, 128, 64, 8, 3),
            Blocks(64, 128, 64, 4, 3)),

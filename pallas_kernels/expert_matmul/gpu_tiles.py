@@ -197,7 +197,9 @@ class MXFP4Product(Product):
     x = super().x_layout(x_MK)
     if self.transposed:
       return x
-    return x.reshape(*x.shape[:2], -1, 4).swapaxes(2, 3)
+    # Input 8 t + 4 h + j of a block goes where 8 j + 2 t + h was.
+    x = x.reshape(*x.shape[:2], -1, 4, 2, 4)
+    return x.transpose(0, 1, 2, 5, 3, 4).reshape(*x.shape[:2], -1)
 
   def _tile(self, ref, values: int, expert, column, i):
     """As `weight_tile`, of elements that stand for `values` inputs each."""
@@ -224,14 +226,11 @@ class MXFP4Product(Product):
                                (*scales.shape, BLOCK // 8))
     factors = factors.reshape(words.shape)
     pairs = [self._scaled(_placed(words, j), factors) for j in range(4)]
-    if self.transposed:
-      return y + self.multiplied(x_ref, row, end, i, _in_order(pairs)), following
-    quarter = i * (self.depth // 4), self.depth // 4
-    for j, pair in enumerate(pairs):
-      w = _joined(*_halves(pair))
-      for part in range(self.parts):
-        y += dot(w, load(x_ref, part, (row, self.rows, end), j, quarter), NT)
-    return y, following
+    w = _values(pairs)  # [..., words, 2 h, 2 of j, 2 of j]
+    if not self.transposed:
+      w = w.reshape(self.columns, -1, 4, 2, 2, 2).transpose(0, 1, 4, 5, 2, 3)
+    w = w.reshape(words.shape[0], -1)
+    return y + self.multiplied(x_ref, row, end, i, w), following
 
   def result(self, carry, refs, expert, column):
     return super().result(carry[0], refs, expert, column)
@@ -269,18 +268,11 @@ def _halves(pairs):
                for x in (pairs, pairs >> 16))
 
 
-def _joined(a, b):
-  """[..., 2 n]: a and b in turn."""
-  return jnp.stack([a, b], -1).reshape(*a.shape[:-1], 2 * a.shape[-1])
-
-
-def _in_order(pairs):
-  """All values of the words, in their order."""
-  # Value 4 h + 2 a + b of a word is half h of pair 2 a + b.
+def _values(pairs):
+  """[..., words, 2, 2, 2]: the eight values of each word in their order."""
   halves = [jnp.stack(_halves(pair), -1) for pair in pairs]
-  even, odd = (jnp.stack(halves[b::2], -1) for b in range(2))
-  w = jnp.stack([even, odd], -1)
-  return w.reshape(*pairs[0].shape[:-1], -1)
+  even, odd = (jnp.stack(halves[j::2], -1) for j in range(2))
+  return jnp.stack([even, odd], -1)
 
 
 def _scaled_interpreted(pair, factors):
