@@ -5,15 +5,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import choice, platforms
-from pallas_kernels.expert_matmul import ragged, reference, xla
+from pallas_kernels.expert_matmul import gpu, ragged, reference, tpu, xla
 from pallas_kernels.expert_matmul.options import Options
 from pallas_kernels.quant import is_quantized
 
 # Each has unsupported(), matmul(), input_gradient() and weight_gradient(), as
 # in xla.py.
-IMPLEMENTATIONS = {"xla": xla, "ragged": ragged}
+IMPLEMENTATIONS = {"xla": xla, "ragged": ragged, "pallas-tpu": tpu,
+                   "pallas-gpu": gpu}
 # What "auto" takes the first supported one of, by platform, before "xla".
-PREFERRED = {"tpu": ("ragged",), "gpu": ("ragged",)}
+PREFERRED = {"tpu": ("pallas-tpu", "ragged"), "gpu": ("pallas-gpu", "ragged")}
 
 
 def expert_matmul(x_MD, weights, group_sizes_E, *, bias=None,
