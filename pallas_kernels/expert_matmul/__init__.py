@@ -5,15 +5,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platforms
-from pallas_kernels.expert_matmul import ragged, reference, xla
+from pallas_kernels.expert_matmul import ragged, reference, tpu, xla
 from pallas_kernels.expert_matmul.options import Options
 from pallas_kernels.quant import is_quantized
 
 # Each has unsupported(), matmul(), input_gradient() and weight_gradient(), as
 # in xla.py.
-IMPLEMENTATIONS = {"xla": xla, "ragged": ragged}
+IMPLEMENTATIONS = {"xla": xla, "ragged": ragged, "pallas-tpu": tpu}
 # What "auto" takes the first supported one of, by platform.
-PREFERRED = {"cpu": ("xla",), "tpu": ("ragged", "xla"),
+PREFERRED = {"cpu": ("xla",), "tpu": ("pallas-tpu", "ragged", "xla"),
              "gpu": ("ragged", "xla")}
 
 

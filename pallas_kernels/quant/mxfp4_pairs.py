@@ -115,6 +115,10 @@ class MXFP4Pairs(Quantized):
     """[..., F] in the published order to [..., L] in this leaf's order."""
     return _to_lanes(x, self.deinterleaved, jnp)
 
+  def from_lanes(self, x):
+    """[..., L] in this leaf's order to [..., F] in the published one."""
+    return _from_lanes(x, self.matrix[1], self.deinterleaved)
+
 
 def _round_up(x: int, multiple: int) -> int:
   return -(-x // multiple) * multiple
