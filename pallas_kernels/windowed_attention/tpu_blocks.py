@@ -28,7 +28,6 @@ class RunningBlocks:
 
 
 @dataclasses.dataclass(frozen=True)
-<<<<<<< HEAD
 class FoldBlocks:
   """Sizes of the kernel for windows of a multiple of 128, without segments,
   soft cap or offset.
@@ -66,7 +65,9 @@ class FoldBlocks:
       return (f"the {shape.group} query heads of a key head do not come in "
               f"tiles of {self.heads}: use a divisor")
     return None
-=======
+
+
+@dataclasses.dataclass(frozen=True)
 class BackwardBlocks:
   """Sizes of the backward kernels' blocks.
 
@@ -93,18 +94,13 @@ class BackwardBlocks:
     if min(self.lead, self.lag) < 0:
       raise ValueError(f"lead={self.lead} and lag={self.lag} of a block: use "
                        "0 or more")
->>>>>>> attn-bwd
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
   """What `blocks=` takes; None stands for the default."""
-<<<<<<< HEAD
   forward: RunningBlocks | FoldBlocks | None = None
-=======
-  forward: ForwardBlocks | None = None
   backward: BackwardBlocks | None = None
->>>>>>> attn-bwd
 
 
 # Of a core's VMEM (128 MiB on v5e and v6e, else 64), what a kernel may use.
@@ -116,7 +112,6 @@ def vmem_limit(generation: str | None) -> int | None:
   return VMEM_LIMIT.get(generation)
 
 
-<<<<<<< HEAD
 def _up(size, unit):
   return -(-size // unit) * unit
 
@@ -135,17 +130,9 @@ def forward_blocks(shape: Shape, generation: str | None
   lead, lag = (3, 2) if shape.window <= 256 else (1, 1)
   fold = FoldBlocks(_up(queries, shape.window), rows, heads, lead, lag)
   return running if fold.unfit(shape) else fold
-=======
-def forward_blocks(blocks, num_queries, window) -> ForwardBlocks:
-  """Those given, or the default for so many queries."""
-  if blocks is not None:
-    return blocks
-  size = max(128, min(512, num_queries // 128 * 128))
-  return ForwardBlocks(size, size)
 
 
 def backward_blocks(generation: str | None) -> BackwardBlocks:
   if generation in ("v4", "v5e", "v5p"):
     return BackwardBlocks(lanes=128)
   return BackwardBlocks()
->>>>>>> attn-bwd
