@@ -12,19 +12,22 @@ import json
 
 from experiments.benchmarks import kernels_tpu, tpu_static
 
-# By the job of a case (and whether it is the backward pass): sizes to try.
+# By the job of a case: sizes to try.
 SIZES = {
-    ("attention", False): {"queries": (256, 512, 1024),
-                           "keys": (256, 512, 1024)},
-    ("attention", True): {"rows": (256, 512), "lanes": (128, 256),
-                          "sub": (32, 64, 128), "lead": (1, 2),
-                          "lag": (1, 2)},
+    "attention": {"queries": (512, 1024, 2048), "rows": (64, 128),
+                  "heads": (1, 2, 4), "lead": (1, 2, 3), "lag": (1, 2)},
+    "attention_backward": {"rows": (512, 1024), "lanes": (128, 256),
+                           "sub": (32, 64, 128), "lead": (1, 2),
+                           "lag": (1, 2)},
+    "decode": {"sequences": (2, 4, 8, 16), "lead": (1, 2, 3)},
+    "experts": {"rows": (16, 128, 512), "columns": (640, 1152, 1920, 2880),
+                "depth": (128, 256, 512)},
 }
 
 
 def candidates(name: str) -> list[dict]:
   case = kernels_tpu.CASES[name]
-  sizes = SIZES[case.job, case.options.get("backward", False)]
+  sizes = SIZES[case.job]
   return [dict(zip(sizes, values))
           for values in itertools.product(*sizes.values())]
 
@@ -38,8 +41,8 @@ def search(name: str, generation: str) -> list[tuple[float, dict]]:
   found = []
   for sizes, result in zip(tried, tpu_static.estimate(generation, jobs)):
     if "cycles" in result:
-      row = kernels_tpu.figure(name, generation,
-                               sum(result["cycles"].values()))
+      row = kernels_tpu.figure(
+          name, generation, kernels_tpu.cycles(result, case.counted))
       found.append((row["percent"], sizes))
   return sorted(found, key=lambda x: -x[0])
 

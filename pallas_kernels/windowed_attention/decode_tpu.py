@@ -235,7 +235,7 @@ def forward(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
             k_positions_BS, sinks_N, options):
   """[B, T, N, the values' head_dim], of q's dtype."""
   batch, length, num_heads, _ = q_BTNH.shape
-  plan = _plan(q_BTNH, k_BSKH, v_BSKH, options)
+  plan = make_plan(q_BTNH, k_BSKH, v_BSKH, options)
   o_BRH = call(plan, options.interpret, *prepare(
       plan, q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
       k_positions_BS, sinks_N, options.window))
@@ -244,7 +244,7 @@ def forward(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
   return reference.ungrouped(o_BKTGH.swapaxes(2, 3))
 
 
-def _plan(q_BTNH, k_BSKH, v_BSKH, options) -> _Plan:
+def make_plan(q_BTNH, k_BSKH, v_BSKH, options) -> _Plan:
   batch, slots, num_kv_heads, head_dim = k_BSKH.shape
   shared = v_BSKH is None
   v_head_dim = options.v_head_dim if shared else v_BSKH.shape[3]
