@@ -50,8 +50,7 @@ class FoldBlocks:
       raise ValueError(f"{self.heads} heads of {self.rows} rows are no whole "
                        f"registers of 128 lanes: use {128 // self.rows}")
     if self.lead < 0 or self.lag < 0:
-      raise ValueError(f"lead={self.lead}, lag={self.lag}: neither is less "
-                       "than 0")
+      raise ValueError(f"lead={self.lead}, lag={self.lag}: use 0 or more")
 
   def unfit(self, shape: Shape) -> str | None:
     """Why the kernel cannot do this with these sizes; None if it can."""
