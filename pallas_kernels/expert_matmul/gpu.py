@@ -62,7 +62,7 @@ class Blocks:
 
 # By what is multiplied: few rows an expert, many, and the input's gradient.
 DEFAULTS = {
-    MXFP4: (Blocks(16, 64, 256, 4, 4), Blocks(128, 128, 128, 8, 2),
+    MXFP4: (Blocks(16, 64, 256, 4, 4), Blocks(128, 128, 128, 4, 2),
             Blocks(64, 128, 64, 4, 3)),
     Int8: (Blocks(16, 64, 128, 4, 4), Blocks(128, 128, 64, 8, 3),
            Blocks(64, 128, 64, 4, 3)),
@@ -110,7 +110,7 @@ def _misfit(weights, blocks) -> str | None:
 
 def matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, options):
   few = len(x_MD) <= 16 * len(group_sizes_E)
-  blocks = options.blocks or _default(weights, 0 if few else 1)
+  blocks = options.blocks or _default(x_MD, weights, 0 if few else 1)
   if few and options.blocks is None and len(x_MD) > 4 * len(group_sizes_E):
     blocks = dataclasses.replace(blocks, rows=32)
   return _matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, blocks,
@@ -124,7 +124,7 @@ def input_gradient(dy_MF, weights, group_sizes_E, options):
     x_MF = (dy_MF.astype(jnp.float32)
             * weights.channel_scales.at[expert].get(mode="clip")
             ).astype(dy_MF.dtype)
-  blocks = options.blocks or _default(weights, 2)
+  blocks = options.blocks or _default(dy_MF, weights, 2)
   return _matmul(x_MF, weights, group_sizes_E, None, None, blocks, options,
                  weights.shape[1], transposed=True)
 
@@ -142,10 +142,15 @@ def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
                   else None)
 
 
-def _default(weights, use: int) -> Blocks:
-  kind = type(weights) if is_quantized(weights) else (
-      "float32" if weights.dtype == jnp.float32 else "16 bits")
-  return DEFAULTS[kind][use]
+def _default(x, weights, use: int) -> Blocks:
+  if not is_quantized(weights):
+    wide = weights.dtype == jnp.float32
+    return DEFAULTS["float32" if wide else "16 bits"][use]
+  blocks = DEFAULTS[type(weights)][use]
+  if x.dtype == jnp.bfloat16:
+    return blocks
+  # Several parts of x stand in shared memory.
+  return dataclasses.replace(blocks, rows=min(blocks.rows, 64), stages=2)
 
 
 def _call(kernel, grid, out_shape, blocks, options):
