@@ -8,7 +8,8 @@ from experiments import budget
 from experiments import environment
 from experiments.design import Design
 from experiments.results import Ablation, Arm
-from jaxlm.config import ModelConfig, to_dict
+from jaxlm.config import ModelConfig
+from jaxlm.config_dict import to_dict
 from jaxlm.data import DataBundle
 from jaxlm.model import costs
 from jaxlm.model.transformer import Execution

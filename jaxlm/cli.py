@@ -117,7 +117,7 @@ def _convert(args):
 
 
 def _inspect(args):
-  from jaxlm.config import to_dict
+  from jaxlm.config_dict import to_dict
   from jaxlm.convert import formats
   from jaxlm.convert.tensors import summarize
   from jaxlm.model.costs import parameter_counts

@@ -9,7 +9,8 @@ import pytest
 from jaxlm.config import (AttentionConfig, LayerKind, LinearScaling,
                           Llama3Scaling, MLAConfig, MLPConfig, ModelConfig,
                           MoEConfig, NormConfig, RopeConfig, RouterConfig,
-                          YarnScaling, from_dict, stacks, to_dict)
+                          YarnScaling, stacks)
+from jaxlm.config_dict import from_dict, to_dict
 
 ATTENTION = AttentionConfig(
     num_heads=6, num_kv_heads=2, head_dim=10, sliding_window=7,

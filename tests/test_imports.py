@@ -53,7 +53,8 @@ def test_kernels_import_jax_alone():
 
 
 def test_config_imports_the_standard_library_alone():
-  assert_only(["jaxlm/config.py"], sys.stdlib_module_names)
+  assert_only(["jaxlm/config.py", "jaxlm/config_dict.py"],
+              sys.stdlib_module_names)
 
 
 def test_the_library_has_no_flags_and_no_torch():

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorstore
 
-from jaxlm.config import ModelConfig, from_dict, to_dict
+from jaxlm.config import ModelConfig
+from jaxlm.config_dict import from_dict, to_dict
 from jaxlm.convert import files
 from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes
 from jaxlm.convert.tensors import Tensor, check, read_ahead

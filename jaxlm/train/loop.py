@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.config import ModelConfig, to_dict
+from jaxlm.config import ModelConfig
+from jaxlm.config_dict import to_dict
 from jaxlm.data.bundle import DataBundle
 from jaxlm.data.pipeline import prefetch
 from jaxlm.train.checkpoint import CheckpointError, Checkpoints

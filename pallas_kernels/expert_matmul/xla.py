@@ -1,57 +1,32 @@
-"""Expert matmuls as a loop over blocks of rows, for the CPU.
+"""Expert matmuls as loops over tiles of weights and blocks of rows, for the CPU.
 
-`jax.lax.ragged_dot` on the CPU multiplies every row by every expert. Here the
-rows of each expert are cut into blocks, and one loop runs over the blocks in
-use: its cost follows the rows, whatever the number of experts. Three things
-keep the loop near the speed of a large matmul:
+`jax.lax.ragged_dot` on the CPU multiplies every row by every expert. Here one
+loop runs over the experts that have rows and, of each, over tiles of its
+outputs; inside it one over blocks of its rows. Cost follows the rows, whatever
+the number of experts, and an expert without rows is not read. What keeps the
+loops near the speed of a large matmul:
 
-- it is flat. A loop over experts around a loop over their blocks makes XLA
-  copy the whole output once for every expert;
+- a tile becomes float32 once, 2 MB of it, and is multiplied while it is in the
+  cache: no dequantized expert stands in memory. To dequantize takes some eight
+  instructions for eight weights: little beside 256 rows, but most of the work
+  where an expert has a row or two;
 - the last block of an expert is computed at the smallest of up to eight sizes
   that holds it, so few rows are computed in vain;
 - results are merged into the output in place, rows of other experts kept, so
-  that neither input nor output needs padding.
+  that neither input nor output needs padding. What is merged is float32: XLA
+  would cast all of a bfloat16 output, back and forth, for each block.
 """
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.expert_matmul import reference
-from pallas_kernels.quant import is_quantized
+from pallas_kernels.expert_matmul.reference import finish
+from pallas_kernels.quant import MXFP4Pairs, is_quantized
+from pallas_kernels.quant.leaf import part_of
 
-
-def block_rows(num_rows: int, num_experts: int) -> int:
-  """Rows of a block: about an expert's share, at most 256."""
-  share = max(1, num_rows // num_experts)
-  return min(num_rows, 256, max(8, 1 << (share - 1).bit_length()))
-
-
-def _sizes(block: int) -> list[int]:
-  """The sizes at which a block may be computed, ascending."""
-  step = max(8, -(-block // 8))
-  return [*range(step, block, step), block]
-
-
-def _blocks(group_sizes_E, num_rows: int, block: int):
-  """For each block: expert, first row, end of the expert; blocks in use."""
-  num_experts = group_sizes_E.shape[0]
-  blocks_E = (group_sizes_E + block - 1) // block
-  block_end_E = jnp.cumsum(blocks_E)
-  end_E = jnp.cumsum(group_sizes_E)
-  i = jnp.arange(-(-num_rows // block) + num_experts)
-  expert = jnp.searchsorted(block_end_E, i, side="right")
-  expert = jnp.minimum(expert, num_experts - 1)
-  first = ((end_E - group_sizes_E)[expert]
-           + (i - (block_end_E - blocks_E)[expert]) * block)
-  return expert, first, end_E[expert], block_end_E[-1]
-
-
-def _at_size(block: int, rows, compute):
-  """`compute(size)` at the smallest size that holds `rows`."""
-  sizes = _sizes(block)
-  index = jnp.searchsorted(jnp.array(sizes), rows)
-  return lax.switch(jnp.minimum(index, len(sizes) - 1),
-                    [lambda size=size: compute(size) for size in sizes])
+# Weights of a tile. The gradient adds to as many numbers as there are inputs
+# for each of them, and wants fewer.
+_TILE, _GRADIENT_TILE = 1 << 19, 1 << 21
 
 
 def unsupported(x_MD, weights, options) -> str | None:
@@ -60,53 +35,179 @@ def unsupported(x_MD, weights, options) -> str | None:
 
 def matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, options):
   """[M, D] by [E, D, F] to [M, F], or [M, F / 2] after SwiGLU."""
-  return reference.finish(_matmul(x_MD, weights, group_sizes_E, bias_EF),
-                          row_weights_M, swiglu_limit=options.swiglu_limit)
+  num_rows, (num_experts, dim_in, dim) = len(x_MD), weights.shape
+  ratio = 1 if options.swiglu_limit is None else 2
+  block = _block_rows(num_rows, num_experts)
+  tile_size = _tile_size(_TILE, dim_in, dim)
+  tiles = _Tiles(weights)
+  x_planes = tiles.split(x_MD.astype(jnp.float32))
+
+  def tile(y_MF, planes, expert, start, _, first, end):
+    bias = None
+    if bias_EF is not None:
+      bias = lax.dynamic_slice(bias_EF.astype(jnp.float32), (expert, start),
+                               (1, tile_size))
+
+    def rows(i, y_MF):
+      row = jnp.minimum(first + i * block, num_rows - block)
+
+      def compute(size):
+        y = sum(_dot(lax.dynamic_slice_in_dim(x, row, size, 0), plane,
+                     tiles.in_axis)
+                for x, plane in zip(x_planes, planes, strict=True))
+        if bias is not None:
+          y += bias
+        scale = row_weights_M
+        if scale is not None:
+          scale = lax.dynamic_slice_in_dim(scale, row, size, 0)
+        y = finish(y, scale, swiglu_limit=options.swiglu_limit)
+        return _filled(y, block)
+
+      y = _at_size(block, end - row, compute)
+      return _merge(y_MF, y, row, start // ratio, first + i * block, end)
+
+    return lax.fori_loop(0, -(-(end - first) // block), rows, y_MF)
+
+  zeros = jnp.zeros((num_rows, dim // ratio), jnp.float32)
+  y_MF = _for_each_tile(tiles, group_sizes_E, tile_size, tile, zeros)
+  return y_MF.astype(x_MD.dtype)
 
 
 def input_gradient(dy_MF, weights, group_sizes_E, options):
   """[M, F] by [E, D, F] transposed to [M, D]."""
-  return _matmul(dy_MF, weights, group_sizes_E, transposed=True)
+  num_rows, (num_experts, dim, dim_out) = len(dy_MF), weights.shape
+  block = _block_rows(num_rows, num_experts)
+  tile_size = _tile_size(_GRADIENT_TILE, dim, dim_out)
+  tiles = _Tiles(weights)
+  dtype, dy_MF = dy_MF.dtype, dy_MF.astype(jnp.float32)
+
+  def tile(dx_planes, planes, expert, start, unseen, first, end):
+    def rows(i, dx_planes):
+      row = jnp.minimum(first + i * block, num_rows - block)
+
+      def compute(size):
+        at = row + jnp.arange(size)
+        mine = (at >= first + i * block) & (at < end)
+        dy = lax.dynamic_slice(dy_MF, (row, start), (size, tile_size))
+        dy = jnp.where(mine[:, None] & unseen, dy, 0)
+        return [_filled(_dot(dy, plane, 1 - tiles.in_axis), block)
+                for plane in planes]
+
+      return [lax.dynamic_update_slice_in_dim(
+          dx, lax.dynamic_slice_in_dim(dx, row, block, 0) + part, row, 0)
+              for dx, part in zip(dx_planes, _at_size(block, end - row, compute),
+                                  strict=True)]
+
+    return lax.fori_loop(0, -(-(end - first) // block), rows, dx_planes)
+
+  zeros = tiles.split(jnp.zeros((num_rows, dim), jnp.float32))
+  return tiles.join(_for_each_tile(tiles, group_sizes_E, tile_size, tile,
+                                   zeros)).astype(dtype)
 
 
-def _matmul(x_MD, weights, group_sizes_E, bias_EF=None, *, transposed=False):
-  """[M, D] by [E, D, F] ([E, F, D] if transposed) to [M, F]."""
-  if is_quantized(weights):
-    weights = weights.astype(x_MD.dtype)
-  num_rows = x_MD.shape[0]
-  num_experts, dim = weights.shape[0], weights.shape[1 if transposed else 2]
-  block = block_rows(num_rows, num_experts)
-  expert, first, end, used = _blocks(group_sizes_E, num_rows, block)
-  contract = (((1,), (1 if transposed else 0,)), ((), ()))
+class _Tiles:
+  """Tiles of the outputs of weights [E, D, F], float32, in some planes: the
+  p-th of P has inputs p, p + P, p + 2P ..., along its axis `in_axis`."""
 
-  def body(i, y_MF):
-    weight = lax.dynamic_index_in_dim(weights, expert[i], 0, False)
-    start = jnp.minimum(first[i], num_rows - block)
+  def __init__(self, weights):
+    if isinstance(weights, MXFP4Pairs):
+      weights = weights.to_mxfp4()  # bytes of another platform's order
+    self.shape, quantized = weights.shape, is_quantized(weights)
+    self.in_axis = 1 if quantized else 0
+    self._planes = weights.PLANES if quantized else 1
+    self.load = weights.tiles() if quantized else lambda expert, start, size: (
+        part_of(weights, (expert, 0, start), (1, self.shape[1], size))[0]
+        .astype(jnp.float32),)
 
-    def compute(size):
-      x = lax.dynamic_slice_in_dim(x_MD, start, size, 0)
-      y = lax.dot_general(x, weight, contract,
-                          preferred_element_type=jnp.float32)
-      return jnp.pad(y, ((0, block - size), (0, 0)))
+  def split(self, x_MD):
+    return [x_MD[:, plane::self._planes] for plane in range(self._planes)]
 
-    y = _at_size(block, end[i] - start, compute)
-    if bias_EF is not None:
-      y += lax.dynamic_index_in_dim(bias_EF, expert[i], 0).astype(y.dtype)
-    row = start + jnp.arange(block)
-    mine = (row >= first[i]) & (row < end[i])
-    others = lax.dynamic_slice_in_dim(y_MF, start, block, 0)
-    y = jnp.where(mine[:, None], y.astype(y_MF.dtype), others)
-    return lax.dynamic_update_slice_in_dim(y_MF, y, start, 0)
+  def join(self, planes):
+    return jnp.stack(planes, -1).reshape(len(planes[0]), -1)
 
-  return lax.fori_loop(0, used, body, jnp.zeros((num_rows, dim), x_MD.dtype))
+
+def _for_each_tile(tiles: _Tiles, group_sizes_E, tile_size: int, function,
+                   carry):
+  """`function` for each tile of the experts that have rows, in order.
+
+  It is given the carry, the tile's planes, its expert, the first of its
+  outputs, which of them no tile had before (the last one begins early if it
+  would not be full), and the expert's first row and last + 1.
+  """
+  count = -(-tiles.shape[2] // tile_size)
+  expert_E = jnp.argsort(group_sizes_E == 0)  # those with rows come first
+  end_E = jnp.cumsum(group_sizes_E)
+  first_E = end_E - group_sizes_E
+
+  def body(i, carry):
+    expert, tile = expert_E[i // count], i % count
+    start = jnp.minimum(tile * tile_size, tiles.shape[2] - tile_size)
+    unseen = start + jnp.arange(tile_size) >= tile * tile_size
+    return function(carry, tiles.load(expert, start, tile_size), expert, start,
+                    unseen, first_E[expert], end_E[expert])
+
+  used = jnp.sum(group_sizes_E > 0, dtype=jnp.int32)
+  return lax.fori_loop(0, used * count, body, carry)
+
+
+def _tile_size(weights: int, dim_in: int, dim_out: int) -> int:
+  """Outputs of a tile: a power of two from 16 on, or all."""
+  size = 1 << max(4, (weights // dim_in).bit_length() - 1)
+  return min(size, dim_out)
+
+
+def _dot(x, y, contracted: int):
+  return lax.dot_general(x, y, (((1,), (contracted,)), ((), ())),
+                         preferred_element_type=jnp.float32)
+
+
+def _block_rows(num_rows: int, num_experts: int) -> int:
+  """Rows of a block: about an expert's share, at most 256."""
+  share = max(1, num_rows // num_experts)
+  return min(num_rows, 256, max(8, 1 << (share - 1).bit_length()))
+
+
+def _sizes(block: int) -> list[int]:
+  """The sizes at which a block may be computed, ascending.
+
+  Few, for each is a program of its own. A row alone is multiplied several
+  times as fast as one of a few.
+  """
+  if block <= 8:
+    return [*(size for size in (1, 2, 4) if size < block), block]
+  step = max(8, -(-block // 8))
+  return [*range(step, block, step), block]
+
+
+def _at_size(block: int, rows, compute):
+  """`compute(size)` at the smallest size that holds `rows`."""
+  sizes = _sizes(block)
+  index = jnp.sum(rows > jnp.array(sizes[:-1], jnp.int32), dtype=jnp.int32)
+  return lax.switch(index, [lambda size=size: compute(size) for size in sizes])
+
+
+def _filled(y, block: int):
+  """Rows of zeros after those of y, up to a block."""
+  return jnp.pad(y, ((0, block - len(y)), (0, 0)))
+
+
+def _merge(total_MF, y, start, column, first, end):
+  """Writes rows `first` ... `end` - 1 of y, which stands at (start, column),
+  in place: rows of other experts are kept."""
+  row = start + jnp.arange(len(y))
+  mine = (row >= first) & (row < end)
+  others = lax.dynamic_slice(total_MF, (start, column), y.shape)
+  y = jnp.where(mine[:, None], y, others)
+  return lax.dynamic_update_slice(total_MF, y, (start, column))
 
 
 def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
   """The gradients of weights [E, D, F] and bias [E, F] (or None), float32."""
   num_rows, dim_in = x_MD.shape
   num_experts, dim_out = group_sizes_E.shape[0], dy_MF.shape[1]
-  block = block_rows(num_rows, num_experts)
+  block = _block_rows(num_rows, num_experts)
   expert, first, end, used = _blocks(group_sizes_E, num_rows, block)
+  x_MD, dy_MF = x_MD.astype(jnp.float32), dy_MF.astype(jnp.float32)
 
   def body(i, gradients):
     start = jnp.minimum(first[i], num_rows - block)
@@ -128,3 +229,17 @@ def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
            jnp.zeros((num_experts, dim_out), jnp.float32)
            if with_bias else None)
   return lax.fori_loop(0, used, body, zeros)
+
+
+def _blocks(group_sizes_E, num_rows: int, block: int):
+  """For each block: expert, first row, end of the expert; blocks in use."""
+  num_experts = group_sizes_E.shape[0]
+  blocks_E = (group_sizes_E + block - 1) // block
+  block_end_E = jnp.cumsum(blocks_E)
+  end_E = jnp.cumsum(group_sizes_E)
+  i = jnp.arange(-(-num_rows // block) + num_experts)
+  expert = jnp.searchsorted(block_end_E, i, side="right")
+  expert = jnp.minimum(expert, num_experts - 1)
+  first = ((end_E - group_sizes_E)[expert]
+           + (i - (block_end_E - blocks_E)[expert]) * block)
+  return expert, first, end_E[expert], block_end_E[-1]

@@ -4,6 +4,7 @@ from pallas_kernels.quant.int8 import Int8
 from pallas_kernels.quant.leaf import (QuantizationError, Quantized, is_quantized,
                               quantization_error)
 from pallas_kernels.quant.mxfp4 import MXFP4
+from pallas_kernels.quant.mxfp4_pairs import MXFP4Pairs
 
 FORMATS = {"mxfp4": MXFP4, "int8": Int8, "fp8": FP8}
 # The kind of leaf that an array is part of, by the last part of its path.

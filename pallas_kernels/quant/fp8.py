@@ -1,10 +1,13 @@
 """FP8 (E4M3) with one scale for each 128 by 128 block (arXiv 2412.19437)."""
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.quant.leaf import Quantized, leaf, map_matrices, map_outputs
+from pallas_kernels.quant.leaf import (Quantized, leaf, map_matrices,
+                                       map_outputs, rows_of)
 
 BLOCK = 128
 # Looking up is four times as fast as ml_dtypes' conversion.
@@ -56,6 +59,27 @@ class FP8(Quantized):
       w = _dequantize(self.floats.astype(np.float32), self.block_scales, dtype,
                       jnp)
     return w.swapaxes(-1, -2)
+
+  def tiles(self):
+    """As `MXFP4.tiles`: E4M3 is the beginning of a half float times 2^8."""
+    dim_in = self.floats.shape[-1]
+    step = math.gcd(dim_in, BLOCK)  # of inputs whose scale is the same
+
+    def tile(expert, start, size):
+      x = rows_of(self.floats, expert, start, size)
+      x = jax.lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
+      # After 448 comes not a number, in half floats an exponent of ones.
+      half = (x << 8 & 0x8000 | (x & 0x7F) << 7
+              | ((x & 0x7F) + 1 >> 7) * jnp.uint16(0x4000))
+      half = jax.lax.bitcast_convert_type(half, jnp.float16)
+      scales = jnp.repeat(self.block_scales[expert], BLOCK // step, -1)
+      scales = scales[(start + jnp.arange(size)) // BLOCK, :dim_in // step]
+      large = jnp.abs(scales) >= 2.0 ** (128 - 8)
+      first = jnp.where(large, jnp.float32(2 ** 8), 1)
+      second = jnp.where(large, scales, scales * 2 ** 8)
+      w = half.astype(jnp.float32).reshape(size, -1, step)
+      return (w * first[..., None] * second[..., None]).reshape(size, dim_in),
+    return tile
 
   @classmethod
   def quantize(cls, w) -> "FP8":

@@ -3,7 +3,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.quant.leaf import Quantized, leaf, map_matrices, map_outputs
+from pallas_kernels.quant.leaf import (Quantized, leaf, map_matrices,
+                                       map_outputs, rows_of)
 
 LARGEST = 127
 
@@ -47,6 +48,12 @@ class Int8(Quantized):
     else:
       w = _dequantize(self.integers, self.channel_scales, dtype)
     return w.swapaxes(-1, -2)
+
+  def tiles(self):
+    def tile(*where):
+      return _dequantize(rows_of(self.integers, *where),
+                         rows_of(self.channel_scales, *where), np.float32),
+    return tile
 
   @classmethod
   def quantize(cls, w) -> "Int8":

@@ -20,6 +20,8 @@ class Quantized:
   that quantizing what was dequantized gives the same bytes again.
   """
 
+  PLANES = 1  # of the tiles
+
   @property
   def ndim(self) -> int:
     return len(self.shape)
@@ -40,6 +42,16 @@ class Quantized:
                        "the first axis of a stack of matrices can be indexed")
     return jax.tree.map(lambda x: x[index], self)
 
+  def tiles(self):
+    """How a stack [E, in, out] is dequantized piece by piece on a CPU.
+
+    Returns:
+      A function of (expert, start, size) that gives outputs start ... start +
+      size - 1 of one expert as P = `PLANES` arrays, float32 [size, in / P],
+      the p-th of inputs p, p + P, p + 2P ... `size` is static.
+    """
+    raise NotImplementedError
+
   def __repr__(self):
     return f"{type(self).__name__}{self.shape}"
 
@@ -49,6 +61,29 @@ def leaf(cls):
   cls = dataclasses.dataclass(frozen=True, repr=False, eq=False)(cls)
   return jax.tree_util.register_dataclass(
       cls, [field.name for field in dataclasses.fields(cls)], [])
+
+
+def part_of(stack, start, shape):
+  """A part of an array of a stack of matrices, for use in a loop on a CPU.
+
+  XLA widens a stack of narrow floats before it takes a part of it, once for
+  all parts, and takes casts to bytes out of loops too: unless these depend on
+  what the loop counts.
+  """
+  if not jax.numpy.issubdtype(stack.dtype, np.floating) or (
+      stack.dtype.itemsize >= 4):
+    return jax.lax.dynamic_slice(stack, start, shape)
+  stack, *start = jax.lax.optimization_barrier((stack, *start))
+  bits = jax.lax.bitcast_convert_type(
+      stack, np.dtype(f"u{stack.dtype.itemsize}"))
+  return jax.lax.bitcast_convert_type(
+      jax.lax.dynamic_slice(bits, start, shape), stack.dtype)
+
+
+def rows_of(stack, expert, start, size: int):
+  """Rows of one array of a stack: [E, rows, ...] to [size, ...]."""
+  return part_of(stack, (expert, start) + (0,) * (stack.ndim - 2),
+                 (1, size, *stack.shape[2:]))[0]
 
 
 def is_quantized(x) -> bool:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.quant.leaf import Quantized, leaf, map_matrices, map_outputs
+from pallas_kernels.quant.leaf import (Quantized, leaf, map_matrices,
+                                       map_outputs, rows_of)
 
 BLOCK = 32
 # E2M1: sign, two bits of exponent, one of mantissa.
@@ -27,6 +28,7 @@ class MXFP4(Quantized):
   scales: jax.Array | np.ndarray
 
   PARTS = {"blocks": np.dtype(np.uint8), "scales": np.dtype(np.uint8)}
+  PLANES = 2
   dtype = jnp.dtype(jnp.bfloat16)  # holds every value that is not tiny
 
   @property
@@ -67,6 +69,25 @@ class MXFP4(Quantized):
       w = _dequantize_on_device(self.blocks, self.scales).astype(dtype)
       w = w.reshape(*lead, dim_out, dim_in)
     return w.swapaxes(-1, -2)
+
+  def tiles(self):
+    """The low nibbles are one plane, the high ones the other.
+
+    Bits of half floats, shifted into place, are values times 2^-14: a CPU
+    converts eight or sixteen of them, subnormal ones too, by one instruction.
+    """
+    def tile(*where):
+      blocks = rows_of(self.blocks, *where).astype(jnp.uint16)
+      first, second = _scales_up(rows_of(self.scales, *where))
+
+      def plane(sign, magnitude):
+        half = blocks << sign & 0x8000 | blocks << magnitude & 0x0E00
+        half = jax.lax.bitcast_convert_type(half, jnp.float16)
+        w = half.astype(jnp.float32) * first[..., None] * second[..., None]
+        return w.reshape(len(w), -1)
+
+      return plane(12, 9), plane(8, 5)
+    return tile
 
   @classmethod
   def quantize(cls, w) -> "MXFP4":
@@ -121,6 +142,17 @@ def _dequantize_on_device(blocks, scales):
   scale = as_float(jnp.where(scale == 0, 1 << 22, scale << 23))
   scale = jnp.where(scales == 255, jnp.nan, scale)
   return as_float(bits | (nibble & 8) << 28) * scale[..., None, None]
+
+
+def _scales_up(scales):
+  """Two float32 factors whose product is each scale times 2^14: one of them
+  is 1 unless both have to share what is past float32."""
+  scales = scales.astype(jnp.uint32)
+  large = scales > 254 - 14
+  first = jnp.where(large, jnp.float32(2 ** 14), 1)
+  first = jnp.where(scales == 255, jnp.nan, first)
+  second = jnp.where(large, scales, scales + 14) << 23
+  return first, jax.lax.bitcast_convert_type(second, jnp.float32)
 
 
 def _quantize(w) -> tuple[np.ndarray, np.ndarray]:

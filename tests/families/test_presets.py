@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import jaxlm
-from jaxlm.config import from_dict, to_dict
+from jaxlm.config_dict import from_dict, to_dict
 
 
 @pytest.mark.parametrize("name", jaxlm.presets())

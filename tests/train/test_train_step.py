@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import MoEConfig, RouterConfig, from_dict, to_dict
+from jaxlm.config import MoEConfig, RouterConfig
+from jaxlm.config_dict import from_dict, to_dict
 from jaxlm.model.routing import choose
 from jaxlm.model.transformer import Execution
 from jaxlm.train import (Balancing, OptimizerConfig, TrainConfig, init_state,
