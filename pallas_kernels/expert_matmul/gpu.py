@@ -7,22 +7,27 @@ Formats are read as they are published: `gpu_tiles`.
 
 Many rows an expert (prefill): a program has one tile of rows. The columns of a
 tile of rows follow each other, so that its rows and its expert's weights (8.8
-MB of MXFP4 for gpt-oss) are read again from the 50 MB of L2. A tile of 128 by
-128 does 128 multiplications for a weight, whose unpacking takes 3.5
-instructions: 9 multiplications of 1024 an SM does in a clock.
+MB of MXFP4 for gpt-oss) are read again from the 50 MB of L2: 0.9 MB for 94
+MFLOP, 3.9 TB/s at 400 TFLOP/s. A step of a tile of 128 by 128 by 128 takes the
+tensor cores 1024 clocks and the unpacking 600 of issuing. Triton lets neither
+wait for the other only in different programs, so two must fit an SM: four
+warps of up to 255 registers, 76 KB in two stages.
 
 Few rows (decode): a program has all rows of an expert, 16 or 32 at a time, and
-64 columns: each expert that has rows is read once from memory, others never.
-At 4.3 TB/s an H200's SM receives 33 MXFP4 weights in a clock; it can issue 128
-instructions for them, and takes 4.6 for each at the sizes below. A program
-keeps three tiles of 64 by 128 bytes on their way; gpt-oss-20b's four experts
-of 5760 columns are 360 programs, three on each of 132 SMs, with 70 KB an SM on
-their way, where 4.3 TB/s times 0.7 us need 23 KB.
+64 columns (32 where that makes too few programs): each expert that has rows is
+read once from memory, others never. At 4.3 TB/s each of an H200's 132 SMs
+receives 33 MXFP4 weights in a clock of 1.85 GHz, and can issue 128 threads'
+instructions; the loop takes 4.1 a weight (4.4 for 32 columns), so that issuing
+allows 95 % of the bandwidth (88 %). Two warps are a program, whose products
+are m16n8k16: wgmma's fences and descriptors cost more there (4.9). Six
+programs, of 160 registers a thread and 26 KB, fit an SM: with three tiles of 4
+KB on their way each they ask for 72 KB, where 4.3 TB/s times 0.7 us are 23.
 
 The rows past the last group are one more group, whose programs write zeros.
 """
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -60,18 +65,26 @@ class Blocks:
                          f"Blocks.stages={n}: expected {least} to {most}")
 
 
-# By what is multiplied: few rows an expert, many, and the input's gradient.
+class Defaults(typing.NamedTuple):
+  """For few rows an expert (`narrow` if that makes less than four programs for
+  each of an H200's SMs), for many, and for the input's gradient."""
+  narrow: Blocks
+  few: Blocks
+  many: Blocks
+  gradient: Blocks
+
+
 DEFAULTS = {
-    MXFP4: (Blocks(16, 64, 256, 4, 4), Blocks(128, 128, 128, 8, 2),
-            Blocks(64, 128, 64, 4, 3)),
-    Int8: (Blocks(16, 64, 128, 4, 4), Blocks(128, 128, 64, 8, 3),
-           Blocks(64, 128, 64, 4, 3)),
-    FP8: (Blocks(16, 64, 128, 4, 4), Blocks(128, 128, 64, 8, 3),
-          Blocks(64, 128, 64, 4, 3)),
-    "16 bits": (Blocks(16, 64, 128, 4, 4), Blocks(128, 128, 64, 8, 3),
-                Blocks(128, 128, 64, 8, 3)),
-    "float32": (Blocks(16, 64, 64, 4, 3), Blocks(64, 64, 32, 4, 3),
-                Blocks(64, 64, 32, 4, 3)),
+    MXFP4: Defaults(Blocks(16, 32, 256, 2, 4), Blocks(16, 64, 128, 2, 4),
+                    Blocks(128, 128, 128, 4, 2), Blocks(64, 128, 64, 4, 3)),
+    Int8: Defaults(Blocks(16, 32, 128, 2, 4), Blocks(16, 64, 128, 2, 4),
+                   Blocks(128, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
+    FP8: Defaults(Blocks(16, 32, 128, 2, 4), Blocks(16, 64, 128, 2, 4),
+                  Blocks(64, 128, 128, 4, 3), Blocks(64, 128, 64, 4, 3)),
+    "16 bits": Defaults(Blocks(16, 32, 256, 2, 3), Blocks(16, 64, 128, 4, 4),
+                        Blocks(128, 256, 64, 8, 4), Blocks(128, 256, 64, 8, 4)),
+    "float32": Defaults(Blocks(16, 32, 64, 2, 3), Blocks(16, 64, 64, 4, 3),
+                        Blocks(64, 64, 32, 4, 3), Blocks(64, 64, 32, 4, 3)),
 }
 # Weights' gradients, of 16 bits and float32.
 GRADIENTS = {2: Blocks(64, 128, 128, 8, 3), 4: Blocks(32, 64, 64, 4, 3)}
@@ -109,9 +122,10 @@ def _misfit(weights, blocks) -> str | None:
 
 
 def matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, options):
-  few = len(x_MD) <= 16 * len(group_sizes_E)
-  blocks = options.blocks or _default(weights, 0 if few else 1)
-  if few and options.blocks is None and len(x_MD) > 4 * len(group_sizes_E):
+  rows, experts = len(x_MD), len(group_sizes_E)
+  few = rows <= 16 * experts
+  blocks = options.blocks or _default(x_MD, weights, _use(rows, weights.shape))
+  if few and options.blocks is None and rows > 4 * experts:
     blocks = dataclasses.replace(blocks, rows=32)
   return _matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, blocks,
                  options, weights.shape[2], few=few)
@@ -124,7 +138,7 @@ def input_gradient(dy_MF, weights, group_sizes_E, options):
     x_MF = (dy_MF.astype(jnp.float32)
             * weights.channel_scales.at[expert].get(mode="clip")
             ).astype(dy_MF.dtype)
-  blocks = options.blocks or _default(weights, 2)
+  blocks = options.blocks or _default(dy_MF, weights, "gradient")
   return _matmul(x_MF, weights, group_sizes_E, None, None, blocks, options,
                  weights.shape[1], transposed=True)
 
@@ -142,10 +156,23 @@ def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
                   else None)
 
 
-def _default(weights, use: int) -> Blocks:
-  kind = type(weights) if is_quantized(weights) else (
-      "float32" if weights.dtype == jnp.float32 else "16 bits")
-  return DEFAULTS[kind][use]
+def _use(rows: int, shape) -> str:
+  experts, _, columns = shape
+  if rows > 16 * experts:
+    return "many"
+  programs = min(rows, experts) * (columns // 64)
+  return "few" if programs >= 4 * 132 else "narrow"
+
+
+def _default(x, weights, use: str) -> Blocks:
+  kind = type(weights)
+  if not is_quantized(weights):
+    kind = "float32" if weights.dtype == jnp.float32 else "16 bits"
+  blocks = getattr(DEFAULTS[kind], use)
+  if kind not in gpu_tiles.PRODUCTS or x.dtype == jnp.bfloat16:
+    return blocks
+  # Several parts of x stand in shared memory.
+  return dataclasses.replace(blocks, rows=min(blocks.rows, 64), stages=2)
 
 
 def _call(kernel, grid, out_shape, blocks, options):

@@ -7,14 +7,14 @@ in], going forward) are multiplied from the left, (w x^T): the tensor cores of
 Hopper take their left operand from registers, where it was dequantized, so
 that it never passes through shared memory.
 
-MXFP4 is read as 32-bit words of eight values. Two shifts and two ands place
-value j and value j + 4 of a word as two packed bfloat16 with the e2m1 bits at
-the border of exponent and mantissa: 2^-126 times the value, 0.5 being
-subnormal. One packed multiplication by 2^126 normalises both and one by their
-E8M0 scale finishes, both exact: 2.5 integer operations and one multiplication
-a weight (bytes would take twice as many). Packed halves are the neighbours
-that a tensor core's register holds, if the contraction runs over j, word,
-half: x is given in this order, and four products are summed, one for each j.
+MXFP4 is read as 32-bit words of eight values. Two shifts and two logical
+operations place value j and value j + 4 of a word as two packed bfloat16 with
+the e2m1 bits at the border of exponent and mantissa: 2^-126 times the value,
+0.5 being subnormal. One packed multiplication by 2^126 normalises both and one
+by their E8M0 scale finishes, both exact: 2.9 instructions a weight, where one
+weight at a time takes 7. Packed halves are neighbours in a tensor core's left
+operand, if each block of 32 inputs is taken in the order j, word, half. So x
+is given in this order, and no weight moves between threads.
 
 Everything but MXFP4's results below 2^-126 and infinities is exact in
 bfloat16, so that bfloat16 rows suffer no rounding but that of the float32 sum.
@@ -226,8 +226,8 @@ class MXFP4Product(Product):
                                (*scales.shape, BLOCK // 8))
     factors = factors.reshape(words.shape)
     pairs = [self._scaled(_placed(words, j), factors) for j in range(4)]
-    w = _values(pairs)  # [..., words, 2 h, 2 of j, 2 of j]
-    if not self.transposed:
+    w = _values(pairs)
+    if not self.transposed:  # to the order of x_layout
       w = w.reshape(self.columns, -1, 4, 2, 2, 2).transpose(0, 1, 4, 5, 2, 3)
     w = w.reshape(words.shape[0], -1)
     return y + self.multiplied(x_ref, row, end, i, w), following
@@ -269,7 +269,8 @@ def _halves(pairs):
 
 
 def _values(pairs):
-  """[..., words, 2, 2, 2]: the eight values of each word in their order."""
+  """[..., words, 2, 2, 2]: the eight values of each word in their order, of
+  which value 4 h + j is half h of pair j."""
   halves = [jnp.stack(_halves(pair), -1) for pair in pairs]
   even, odd = (jnp.stack(halves[j::2], -1) for j in range(2))
   return jnp.stack([even, odd], -1)
