@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.decode.sampling import Sampling, sample
-from jaxlm.model.cache import LatentCache, LayerCache, empty_cache
+from jaxlm.model.cache import Cache, empty_cache
 from jaxlm.model.transformer import (Execution, forward_with_cache, logits,
                                      per_layer)
 
@@ -29,7 +29,7 @@ class State(typing.NamedTuple):
   done_B: ended by a stop token; such rows repeat it.
   seen_BV: which tokens a row holds, or None without repetition penalty.
   """
-  cache: list[LayerCache | LatentCache]
+  cache: Cache
   token_B: jax.Array
   position_B: jax.Array
   done_B: jax.Array

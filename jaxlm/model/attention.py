@@ -41,14 +41,16 @@ class Attention(nn.Module):
                      nn.initializers.zeros)
     options = dict(
         window=config.sliding_window if self.kind == "sliding" else None,
-        scale=config.query_scale, sinks_N=sinks, soft_cap=config.soft_cap)
+        scale=config.query_scale, sinks_N=sinks, soft_cap=config.soft_cap,
+        implementation=self.implementation)
     if cache is not None and x_BTD.shape[1] == 1:
       o = cached_attention(
-          q, k, v, cache.k_BKHS.astype(q.dtype), cache.v_BKSH.astype(q.dtype),
+          q, k, v, *(x.astype(q.dtype)
+                     for x in cache.keys_and_values(config.num_kv_heads)),
           context.positions_BT, cache.positions_BS, **options)
     else:
       o = windowed_attention(q, k, v, segment_ids=context.segment_ids_BT,
-                             implementation=self.implementation, **options)
+                             **options)
     if cache is not None:
       cache = cache_lib.write(cache, k, v, context.positions_BT)
     return self._project_out(o, x_BTD.shape[-1]), cache

@@ -13,8 +13,8 @@ from jaxlm.config import MLAConfig, NormConfig
 from jaxlm.model import cache as cache_lib
 from jaxlm.model.layers import Norm, fan_in, weight
 from jaxlm.model.rope import rotate
-from pallas_kernels.windowed_attention import windowed_attention
-from pallas_kernels.windowed_attention.reference import visible
+from pallas_kernels.windowed_attention import (cached_attention,
+                                               windowed_attention)
 
 
 def expanded_attention(q_nope_BTNH, q_rope_BTNH, latent_BSR, rope_key_BSH,
@@ -33,24 +33,18 @@ def expanded_attention(q_nope_BTNH, q_rope_BTNH, latent_BSR, rope_key_BSH,
       implementation=implementation)
 
 
-def absorbed_attention(q_nope_BTNH, q_rope_BTNH, latent_BSR, rope_key_BSH,
-                       k_proj_RNH, v_proj_RNH, q_positions_BT, k_positions_BS,
-                       *, scale):
-  """The same of a few queries over latents that stand in any order.
-
-  Position -1 marks an empty slot; every query must see some key.
+def absorbed_attention(q_nope_BTNH, q_rope_BTNH, key_BTR, key_BSR, k_proj_RNH,
+                       v_proj_RNH, q_positions_BT, k_positions_BS, *, scale,
+                       implementation="auto"):
+  """The same of a few queries over their own keys and a cache's: [latent,
+  rotary key] for all heads, and the values are the latents.
   """
-  dtype = q_nope_BTNH.dtype
   q_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, k_proj_RNH)
-  s_BTNS = scale * (
-      jnp.einsum("BTNR,BSR->BTNS", q_BTNR, latent_BSR,
-                 preferred_element_type=jnp.float32)
-      + jnp.einsum("BTNH,BSH->BTNS", q_rope_BTNH, rope_key_BSH,
-                   preferred_element_type=jnp.float32))
-  seen_BTS = visible(q_positions_BT, k_positions_BS, None)
-  seen_BTS &= (k_positions_BS >= 0)[:, None]
-  p_BTNS = jax.nn.softmax(jnp.where(seen_BTS[:, :, None], s_BTNS, -jnp.inf))
-  o_BTNR = jnp.einsum("BTNS,BSR->BTNR", p_BTNS.astype(dtype), latent_BSR)
+  o_BTNR = cached_attention(
+      jnp.concatenate([q_BTNR, q_rope_BTNH], -1), key_BTR[:, :, None], None,
+      key_BSR[:, :, None], None, q_positions_BT, k_positions_BS, window=None,
+      scale=scale, v_head_dim=k_proj_RNH.shape[0],
+      implementation=implementation)
   return jnp.einsum("BTNR,RNH->BTNH", o_BTNR, v_proj_RNH)
 
 
@@ -78,19 +72,19 @@ class MLA(nn.Module):
         ("latent", "heads", "head_dim"), fan_in(axis=-3))
     k_proj, v_proj = jnp.split(kv_b_RNH.astype(dtype), [config.nope_head_dim],
                                -1)
-    if cache is not None:
-      cache = cache_lib.write(cache, latent_BTR, rope_key_BTH,
-                              context.positions_BT)
+    key_BTR = jnp.concatenate([latent_BTR, rope_key_BTH], -1)
     if cache is not None and x_BTD.shape[1] == 1:
       o_BTNH = absorbed_attention(
-          q_nope, q_rope, cache.latent_BSR.astype(dtype),
-          cache.rope_key_BSH.astype(dtype), k_proj, v_proj,
-          context.positions_BT, cache.positions_BS, scale=config.query_scale)
+          q_nope, q_rope, key_BTR, cache.key_BSR.astype(dtype), k_proj, v_proj,
+          context.positions_BT, cache.positions_BS, scale=config.query_scale,
+          implementation=self.implementation)
     else:
       o_BTNH = expanded_attention(
           q_nope, q_rope, latent_BTR, rope_key_BTH, k_proj, v_proj,
           scale=config.query_scale, segment_ids_BS=context.segment_ids_BT,
           implementation=self.implementation)
+    if cache is not None:
+      cache = cache_lib.write(cache, key_BTR, context.positions_BT)
     return self._project_out(o_BTNH, x_BTD.shape[-1]), cache
 
   def _norm(self, name):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import LayerKind, MLAConfig, ModelConfig, Stack, stacks
 from jaxlm.model.attention import Attention
-from jaxlm.model.cache import LatentCache, LayerCache
+from jaxlm.model.cache import Cache
 from jaxlm.model.layers import Norm, dropout, fan_in, soft_cap, weight
 from jaxlm.model.mla import MLA
 from jaxlm.model.mlp import MLP
@@ -328,8 +328,7 @@ def per_layer(config: ModelConfig, params: dict) -> dict:
 
 
 def forward_with_cache(config: ModelConfig, params: dict,
-                       cache: list[LayerCache | LatentCache], tokens_BT,
-                       positions_BT, *,
+                       cache: Cache, tokens_BT, positions_BT, *,
                        execution: Execution = Execution()):
   """Hidden states of new tokens, and the cache with them in it.
 

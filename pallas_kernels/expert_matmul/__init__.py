@@ -4,17 +4,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platforms
-from pallas_kernels.expert_matmul import ragged, reference, xla
+from pallas_kernels import choice, platforms
+from pallas_kernels.expert_matmul import gpu, ragged, reference, tpu, xla
 from pallas_kernels.expert_matmul.options import Options
 from pallas_kernels.quant import is_quantized
 
 # Each has unsupported(), matmul(), input_gradient() and weight_gradient(), as
 # in xla.py.
-IMPLEMENTATIONS = {"xla": xla, "ragged": ragged}
-# What "auto" takes the first supported one of, by platform.
-PREFERRED = {"cpu": ("xla",), "tpu": ("ragged", "xla"),
-             "gpu": ("ragged", "xla")}
+IMPLEMENTATIONS = {"xla": xla, "ragged": ragged, "pallas-tpu": tpu,
+                   "pallas-gpu": gpu}
+# What "auto" takes the first supported one of, by platform, before "xla".
+PREFERRED = {"tpu": ("pallas-tpu", "ragged"), "gpu": ("pallas-gpu", "ragged")}
 
 
 def expert_matmul(x_MD, weights, group_sizes_E, *, bias=None,
@@ -52,7 +52,9 @@ def expert_matmul(x_MD, weights, group_sizes_E, *, bias=None,
   """
   _validate(x_MD, weights, group_sizes_E, bias, swiglu_limit, row_weights_M)
   options = Options(swiglu_limit, blocks, interpret)
-  name = _choose(implementation, x_MD, weights, options)
+  name = choice.choose(IMPLEMENTATIONS,
+                       PREFERRED.get(platforms.platform(), ()), implementation,
+                       (x_MD, weights, options))
   return _expert_matmul(name, implementation == "auto", options, x_MD, weights,
                         group_sizes_E, bias, row_weights_M)
 
@@ -94,24 +96,7 @@ def _validate(x_MD, weights, group_sizes_E, bias, swiglu_limit, row_weights_M):
                      "cast both to one floating-point dtype")
 
 
-def _choose(implementation, *args) -> str:
-  if implementation == "auto":
-    return next(name for name in PREFERRED[platforms.platform()]
-                if IMPLEMENTATIONS[name].unsupported(*args) is None)
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r}: use one of "
-                     f"{('auto', *IMPLEMENTATIONS)}")
-  if reason := IMPLEMENTATIONS[implementation].unsupported(*args):
-    raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-  return implementation
-
-
-def _run(function, name, auto, *args, **kwargs):
-  run, fallback = (functools.partial(getattr(module, function), **kwargs)
-                   for module in (IMPLEMENTATIONS[name], xla))
-  if not auto or name == "xla":
-    return run(*args)
-  return platforms.on_accelerator(run, fallback, *args)
+_run = functools.partial(choice.run, IMPLEMENTATIONS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -2,16 +2,16 @@
 
 The published packing puts neighbours along the input into one byte, so that
 to unpack it is to interleave rows, which costs a TPU some 17 cycles for 1024
-weights. Here a byte holds the same row of two neighbouring blocks, in bits
-that are those of two 8-bit floats (E5M2) but for one shift:
+weights. Here a 32-bit word holds four rows of one block and the same four of
+the next, such that two 8-bit floats (E5M2) a byte come out of
 
-    bit     7      6 5 4        3 2 1        0
-    value   first  second       first        second
-            sign   magnitude    magnitude    sign
+    first = word & MASK,   second = (word << 7 ^ word >> 3) & MASK
 
-A magnitude in bits 3..1 of an E5M2 float stands for its value times 2^-14.
-32 rows of bytes by 128 lanes, one tile of a TPU's memory, are two whole
-blocks of 128 outputs. Every bit of the published form is kept.
+whose sign is in bit 7 and whose magnitude, 3 bits, in bits 3..1: as E5M2 that
+stands for its value times 2^-14. What the two shifts bring along from other
+bits is compensated when words are made, which is cheaper than masking it
+away in the kernel. 8 rows of words by 128 lanes, one tile of a TPU's memory,
+are two whole blocks of 128 outputs. Every bit of the published form is kept.
 """
 import dataclasses
 import functools
@@ -25,8 +25,9 @@ from pallas_kernels.quant.mxfp4 import BLOCK, MXFP4
 
 LANES = 128
 _SCALE_ROWS = 32  # a tile of bytes has 32 rows
-# Scales from here to 254 times 2^14 are past float32: see `large_scales`.
-LARGE = 241
+MASK = 0x8E8E8E8E
+# A larger scale times the 2^14 that E5M2 lacks is past float32.
+LARGEST_PLAIN = 240
 
 
 @functools.partial(jax.tree_util.register_dataclass,
@@ -36,10 +37,12 @@ LARGE = 241
 class MXFP4Pairs(Quantized):
   """A stack of matrices [..., D, F].
 
-  pairs: uint8 [..., 32 P, L], P pairs of blocks along the input.
+  pairs: uint32 [..., 8 P, L], P pairs of blocks along the input; byte j of
+    word row 8 p + i is row 4 i + j of the blocks 2 p and 2 p + 1.
   pair_scales: uint8 [..., S, L], a row for each block, then rows of zeros up
     to a multiple of 32.
-  large_scales: int32 [...], 1 for a matrix in which a scale is 241 to 254.
+  large_scales: int32 [...], 1 for a matrix with a scale above 240 (so that
+    kernels need to look for those, and for 255, in such a matrix alone).
   matrix: (D, F). L is F rounded up to a multiple of 128, the rest zeros.
   deinterleaved: outputs lie as 128 even ones (gate), 128 odd ones (up), 128
     even ones ...; each half of F is then rounded up to a multiple of 128.
@@ -59,7 +62,7 @@ class MXFP4Pairs(Quantized):
     (dim_in, dim_out), lead = self.matrix, self.large_scales.shape
     blocks = _round_up(dim_in // BLOCK, 2)
     lanes = _lanes(dim_out, self.deinterleaved)
-    expected = ((*lead, blocks * BLOCK // 2, lanes),
+    expected = ((*lead, blocks * BLOCK // 8, lanes),
                 (*lead, _round_up(blocks, _SCALE_ROWS), lanes))
     if (self.pairs.shape, self.pair_scales.shape) != expected:
       raise ValueError(
@@ -112,6 +115,10 @@ class MXFP4Pairs(Quantized):
     """[..., F] in the published order to [..., L] in this leaf's order."""
     return _to_lanes(x, self.deinterleaved, jnp)
 
+  def from_lanes(self, x):
+    """[..., L] in this leaf's order to [..., F] in the published one."""
+    return _from_lanes(x, self.matrix[1], self.deinterleaved)
+
 
 def _round_up(x: int, multiple: int) -> int:
   return -(-x // multiple) * multiple
@@ -159,20 +166,42 @@ def _pack(bytes_, scales, deinterleave: bool, xp):
   x = _to_lanes(x, deinterleave, xp)
   x = xp.stack([x & 15, x >> 4], -2)  # [..., 16 bytes, 2 nibbles, lanes]
   x = x.reshape(*lead, even // 2, 2, BLOCK, -1)
-  first, second = x[..., 0, :, :], x[..., 1, :, :]
-  pairs = (first & 8) << 4 | (first & 7) << 1 | (second & 7) << 4 | second >> 3
   rows = _to_lanes(scales.swapaxes(-1, -2), deinterleave, xp)
-  large = xp.any((scales >= LARGE) & (scales < 255), (-1, -2))
-  return (pairs.reshape(*lead, even * BLOCK // 2, -1),
-          _pad(rows, -2, _round_up(even, _SCALE_ROWS), xp),
+  rows = _pad(rows, -2, _round_up(even, _SCALE_ROWS), xp)
+  large = xp.any(scales > LARGEST_PLAIN, (-1, -2))
+  return (_words(x[..., 0, :, :], x[..., 1, :, :], xp), rows,
           large.astype(np.int32)[..., None, None])
+
+
+def _words(first, second, xp):
+  """Nibbles [..., P, 32, L] of each pair's blocks to words [..., 8 P, L]."""
+  def floats(x):
+    x = x.reshape(*x.shape[:-2], BLOCK // 4, 4, x.shape[-1])
+    x = ((x & 8) << 4 | (x & 7) << 1).astype(np.uint32)
+    return x[..., 0, :] | x[..., 1, :] << 8 | x[..., 2, :] << 16 | (
+        x[..., 3, :] << 24)
+
+  first, second = floats(first), floats(second)
+  # Four bits of each byte are free, 6..4 and 0: the shifts take 0 to 7 and
+  # 6..4 to 3..1, and 4 also to 3 of the next byte.
+  second ^= _second(first)
+  free = (second >> 7 & 0x01010101 | second << 3 & 0x70707070
+          ) ^ second << 13 & 0x40404040
+  return (first | free).reshape(*free.shape[:-3], -1, free.shape[-1])
+
+
+def _second(words):
+  return (words << 7 ^ words >> 3) & np.uint32(MASK)
 
 
 def _unpack(pairs, scales, *, matrix, interleave: bool, xp):
   """The arrays of a leaf to [..., out, in / 2] and [..., out, in / 32]."""
   lead, (dim_in, dim_out) = pairs.shape[:-2], matrix
-  x = pairs.reshape(*lead, -1, BLOCK, pairs.shape[-1])
-  x = xp.stack([x >> 4 & 8 | x >> 1 & 7, (x & 1) << 3 | x >> 4 & 7], -3)
+  x = xp.stack([pairs & np.uint32(MASK), _second(pairs)], -2)
+  x = x.reshape(*lead, -1, BLOCK // 4, 2, pairs.shape[-1])
+  x = xp.moveaxis(x, -2, -3)[..., None, :] >> np.arange(
+      0, 32, 8, dtype=np.uint32)[:, None]
+  x = (x >> 4 & 8 | x >> 1 & 7).astype(np.uint8)
   x = x.reshape(*lead, -1, 2, x.shape[-1])  # [..., bytes, 2 nibbles, lanes]
   x = x[..., 0, :] | x[..., 1, :] << 4
   x = _from_lanes(x[..., :dim_in // 2, :], dim_out, interleave)

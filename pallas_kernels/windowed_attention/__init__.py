@@ -4,13 +4,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platforms
-from pallas_kernels.windowed_attention import reference, xla
+from pallas_kernels import choice, platforms
+from pallas_kernels.windowed_attention import gpu, reference, tpu, xla
+from pallas_kernels.windowed_attention.decode import cached_attention
 from pallas_kernels.windowed_attention.options import Options
 
 # Each has unsupported(), forward() and backward(), as in xla.py.
-IMPLEMENTATIONS = {"xla": xla}
-BEST = {}  # by platform, where it is not "xla"
+IMPLEMENTATIONS = {"xla": xla, "pallas-tpu": tpu, "pallas-gpu": gpu}
+# What "auto" takes the first supported one of, by platform, before "xla".
+PREFERRED = {"tpu": ("pallas-tpu",), "gpu": ("pallas-gpu",)}
 
 
 def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
@@ -54,7 +56,9 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
   if implementation == "reference":
     return reference.windowed_attention(q_BTNH, k_BSKH, v_BSKH, sinks_N,
                                         segment_ids, options)
-  best = _choose(implementation, q_BTNH, k_BSKH, v_BSKH, segment_ids, options)
+  best = choice.choose(
+      IMPLEMENTATIONS, PREFERRED.get(platforms.platform(), ()), implementation,
+      (q_BTNH, k_BSKH, v_BSKH, segment_ids, options), ("reference",))
   return _attention(best, implementation == "auto", options, q_BTNH, k_BSKH,
                     v_BSKH, sinks_N, segment_ids)
 
@@ -68,25 +72,7 @@ def unsupported(implementation: str, q_BTNH, k_BSKH, v_BSKH, *, window, scale,
       Options(window, scale, soft_cap, q_offset, blocks))
 
 
-def _choose(implementation, *args) -> str:
-  if implementation == "auto":
-    best = BEST.get(platforms.platform(), "xla")
-    return best if IMPLEMENTATIONS[best].unsupported(*args) is None else "xla"
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r}: use one of "
-                     f"{('auto', *IMPLEMENTATIONS, 'reference')}")
-  if reason := IMPLEMENTATIONS[implementation].unsupported(*args):
-    raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-  return implementation
-
-
-def _run(function, name, auto, *args, options):
-  run = functools.partial(getattr(IMPLEMENTATIONS[name], function),
-                          options=options)
-  if not auto or name == "xla":
-    return run(*args)
-  return platforms.on_accelerator(
-      run, functools.partial(getattr(xla, function), options=options), *args)
+_run = functools.partial(choice.run, IMPLEMENTATIONS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -108,33 +94,6 @@ def _attention_backward(name, auto, options, residuals, do):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
-
-
-def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKHS, v_BKSH, q_positions_BT,
-                     k_positions_BS, *, window, scale, sinks_N=None,
-                     soft_cap=None):
-  """Attention of one query, or several that do not see each other, over its
-  own key and a cache whose keys stand in any order.
-
-  The cache is that from before these tokens: a step that reads what it has
-  just written would have XLA copy all of it.
-
-  Args:
-    k_BTKH, v_BTKH: the queries' own.
-    k_BKHS, v_BKSH: the cache, lying as it is multiplied.
-    q_positions_BT: int32, where each query stands.
-    k_positions_BS: int32, where each cached key stands; -1 marks an empty
-      slot, which no query sees.
-    (The others as in `windowed_attention`.)
-
-  Returns:
-    [B, T, N, the values' head_dim] of q's dtype.
-  """
-  seen_BTS = reference.visible(q_positions_BT, k_positions_BS, window)
-  seen_BTS &= (k_positions_BS >= 0)[:, None]
-  return reference.attend(q_BTNH, k_BKHS, v_BKSH, seen_BTS, scale=scale,
-                          sinks_N=sinks_N, soft_cap=soft_cap,
-                          own=(k_BTKH, v_BTKH))
 
 
 def _validate(q, k, v, window, sinks_N, segment_ids, q_offset):

@@ -11,47 +11,69 @@ def visible(q_positions, k_positions, window):
   return seen if window is None else seen & (distance < window)
 
 
-def attend(q_BTNH, k_BKHS, v_BKSH, seen_BTS, *, scale, sinks_N=None,
-           soft_cap=None, own=None):
-  """Softmax attention where `seen_BTS` allows it, in float32.
+def visible_in_cache(q_positions_BT, k_positions_BS, window):
+  """Whether a query sees a cached key: [B, T, S].
 
-  `own`, if given, are the queries' own keys and values [B, T, K, H], which
-  stand at none of the S places; each query sees its own.
+  Position -1 marks a query that is padding and an empty slot. What the cache
+  holds from the place of the row's first query on is a guess that failed.
+  """
+  padding_BT = q_positions_BT < 0
+  first_B = jnp.min(jnp.where(padding_BT, jnp.iinfo(jnp.int32).max,
+                              q_positions_BT), 1)
+  filled_BS = (k_positions_BS >= 0) & (k_positions_BS < first_B[:, None])
+  return visible(q_positions_BT, k_positions_BS, window) & (
+      filled_BS[:, None] & ~padding_BT[:, :, None])
+
+
+def visible_of_own(q_positions_BT, window):
+  """Whether a query sees the key of another, or its own: [B, T, T]."""
+  return visible(q_positions_BT, q_positions_BT, window) & (
+      q_positions_BT >= 0)[:, None]
+
+
+def softmax(s_BKGTS, seen_BTS, sinks_N):
+  """Softmax where `seen_BTS` allows it; zeros for a query that sees nothing.
 
   A sink is one more logit a head, unscaled, which takes part in the softmax
-  and is then dropped. A query that sees nothing gives zero.
+  and is then dropped.
   """
-  *_, num_heads, head_dim = q_BTNH.shape
-  batch, num_kv_heads, _, _ = k_BKHS.shape
-  # The queries are moved, which are few in decoding, not the keys.
-  q_BKGTH = jnp.moveaxis(q_BTNH.reshape(
-      batch, -1, num_kv_heads, num_heads // num_kv_heads, head_dim), 1, 3)
-  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  s_BKGTS = scale * einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS)
-  seen = seen_BTS[:, None, None]
-  if own is not None:
-    own_BKGT = scale * einsum("BKGTH,BTKH->BKGT", q_BKGTH, own[0])
-    s_BKGTS = jnp.concatenate([s_BKGTS, own_BKGT[..., None]], -1)
-    seen = jnp.pad(seen, [(0, 0)] * 4 + [(0, 1)], constant_values=True)
-  if soft_cap is not None:
-    s_BKGTS = soft_cap * jnp.tanh(s_BKGTS / soft_cap)
-  s_BKGTS = jnp.where(seen, s_BKGTS, -jnp.inf)
+  s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, -jnp.inf)
   top = jnp.max(s_BKGTS, -1, keepdims=True)
   if sinks_N is not None:
-    sinks = sinks_N.astype(jnp.float32).reshape(num_kv_heads, -1, 1, 1)
+    sinks = sinks_N.astype(jnp.float32).reshape(s_BKGTS.shape[1], -1, 1, 1)
     top = jnp.maximum(top, sinks)
   top = jnp.where(jnp.isfinite(top), top, 0)
   p_BKGTS = jnp.exp(s_BKGTS - top)
   total = jnp.sum(p_BKGTS, -1, keepdims=True)
   if sinks_N is not None:
     total += jnp.exp(sinks - top)
-  p_BKGTS /= jnp.where(total == 0, 1, total)
-  p_BKGTS = p_BKGTS.astype(v_BKSH.dtype)
-  o_BKGTH = einsum("BKGTS,BKSH->BKGTH", p_BKGTS[..., :v_BKSH.shape[2]], v_BKSH)
-  if own is not None:
-    o_BKGTH += einsum("BKGT,BTKH->BKGTH", p_BKGTS[..., -1], own[1])
-  return jnp.moveaxis(o_BKGTH, 3, 1).reshape(
-      *q_BTNH.shape[:3], -1).astype(q_BTNH.dtype)
+  return p_BKGTS / jnp.where(total == 0, 1, total)
+
+
+def grouped(q_BTNH, num_kv_heads):
+  """[B, T, N, H] as [B, K, G, T, H]."""
+  batch, length, _, head_dim = q_BTNH.shape
+  q_BTKGH = q_BTNH.reshape(batch, length, num_kv_heads, -1, head_dim)
+  return jnp.moveaxis(q_BTKGH, 1, 3)
+
+
+def ungrouped(o_BKGTH):
+  """[B, K, G, T, H] as [B, T, N, H]."""
+  o_BTKGH = jnp.moveaxis(o_BKGTH, 3, 1)
+  batch, length, *_, head_dim = o_BTKGH.shape
+  return o_BTKGH.reshape(batch, length, -1, head_dim)
+
+
+def attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, *, scale, sinks_N, soft_cap):
+  """Softmax attention where `seen_BTS` allows it, in float32."""
+  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  s_BKGTS = scale * einsum("BKGTH,BSKH->BKGTS",
+                           grouped(q_BTNH, k_BSKH.shape[2]), k_BSKH)
+  if soft_cap is not None:
+    s_BKGTS = soft_cap * jnp.tanh(s_BKGTS / soft_cap)
+  p_BKGTS = softmax(s_BKGTS, seen_BTS, sinks_N).astype(v_BSKH.dtype)
+  return ungrouped(einsum("BKGTS,BSKH->BKGTH", p_BKGTS, v_BSKH)).astype(
+      q_BTNH.dtype)
 
 
 def windowed_attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS,
@@ -64,6 +86,20 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS,
   if segment_ids_BS is not None:
     q_segment_BT = segment_ids_BS[:, q_offset:q_offset + num_queries]
     seen_BTS &= q_segment_BT[:, :, None] == segment_ids_BS[:, None]
-  return attend(q_BTNH, k_BSKH.transpose(0, 2, 3, 1),
-                v_BSKH.transpose(0, 2, 1, 3), seen_BTS, scale=options.scale,
+  return attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, scale=options.scale,
+                sinks_N=sinks_N, soft_cap=options.soft_cap)
+
+
+def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
+                     k_positions_BS, sinks_N, options):
+  """See the package's `cached_attention`."""
+  seen_BTS = jnp.concatenate([
+      visible_in_cache(q_positions_BT, k_positions_BS, options.window),
+      visible_of_own(q_positions_BT, options.window)], -1)
+  k_BSKH = jnp.concatenate([k_BSKH, k_BTKH], 1)
+  if v_BSKH is None:
+    v_BSKH = k_BSKH[..., :options.v_head_dim]
+  else:
+    v_BSKH = jnp.concatenate([v_BSKH, v_BTKH], 1)
+  return attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, scale=options.scale,
                 sinks_N=sinks_N, soft_cap=options.soft_cap)

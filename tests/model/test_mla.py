@@ -105,8 +105,7 @@ def test_token_by_token_is_the_whole_sequence(config):
                         context(config, positions_BT), cache)
   expected, _ = module.apply({"params": params}, x_BTD, context(config))
   cache = cache_lib.LatentCache(
-      jnp.zeros((BATCH, LENGTH, config.kv_rank)),
-      jnp.zeros((BATCH, LENGTH, config.rope_head_dim)),
+      jnp.zeros((BATCH, LENGTH, config.kv_rank + config.rope_head_dim)),
       jnp.full((BATCH, LENGTH), -1))
   prompt = 131
   found, cache = run(cache, x_BTD[:, :prompt], POSITIONS[:, :prompt])
@@ -128,15 +127,18 @@ def test_absorbed_is_expanded_whatever_the_order_of_the_slots():
   projections = normal(rank, heads, nope), normal(rank, heads, value)
   expected = expanded_attention(q_nope, q_rope, latent, rope_key, *projections,
                                 scale=0.2)
-  # Seven empty slots hold values that would be noticed.
-  order = random.permutation(LENGTH + 7)
-  latent, rope_key = (
-      np.pad(x, ((0, 0), (0, 7), (0, 0)), constant_values=1e3)[:, order]
-      for x in (latent, rope_key))
-  slots = np.pad(POSITIONS, ((0, 0), (0, 7)), constant_values=-1)[:, order]
-  found = absorbed_attention(q_nope, q_rope, latent, rope_key, *projections,
-                             POSITIONS, slots, scale=0.2)
-  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  # The last three tokens are new. Seven empty slots hold values that would be
+  # noticed.
+  keys, cached = np.concatenate([latent, rope_key], -1), LENGTH - 3
+  order = random.permutation(cached + 7)
+  held = np.pad(keys[:, :cached], ((0, 0), (0, 7), (0, 0)),
+                constant_values=1e3)[:, order]
+  slots = np.pad(POSITIONS[:, :cached], ((0, 0), (0, 7)),
+                 constant_values=-1)[:, order]
+  found = absorbed_attention(
+      q_nope[:, cached:], q_rope[:, cached:], keys[:, cached:], held,
+      *projections, POSITIONS[:, cached:], slots, scale=0.2)
+  np.testing.assert_allclose(found, expected[:, cached:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.windowed_attention import (cached_attention,
-                                               windowed_attention)
+from pallas_kernels.windowed_attention import windowed_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -188,35 +187,6 @@ def test_the_largest_array_is_seen_in_the_reference(largest_array):
   assert largest_array(functools.partial(
       windowed_attention, window=5, scale=1.0, implementation="reference"),
                        q, q, q) == 64 ** 2
-
-
-def as_cached(k, v):
-  return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-
-
-@pytest.mark.parametrize("window", [None, 9, 1])
-def test_a_cache_in_any_order_gives_the_last_row(window):
-  (q, k, v, sinks, _), _ = inputs((2, 31, 31, 2, 3, 5), dict(sinks=True))
-  options = dict(window=window, scale=0.6, sinks_N=sinks, soft_cap=2.0)
-  expected = windowed_attention(q, k, v, **options)[:, -1:]
-  # Seven empty slots hold values that would be noticed.
-  empty = np.full((2, 7, 2, 5), 1e4, np.float32)
-  order = np.random.default_rng(0).permutation(37)
-  keys, values = (np.concatenate([x[:, :-1], empty], 1)[:, order]
-                  for x in (k, v))
-  positions = np.concatenate([np.arange(30), np.full(7, -1)])[order]
-  found = cached_attention(
-      q[:, -1:], k[:, -1:], v[:, -1:], *as_cached(keys, values),
-      np.full((2, 1), 30), np.broadcast_to(positions, (2, 37)), **options)
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_over_an_empty_cache_a_query_sees_itself():
-  (q, k, v, *_), _ = inputs((2, 3, 3, 1, 2, 5), {})
-  found = cached_attention(q[:, :1], k[:, :1], v[:, :1], *as_cached(k, v),
-                           np.zeros((2, 1), int), np.full((2, 3), -1),
-                           window=None, scale=1.0)
-  np.testing.assert_allclose(found, np.repeat(v[:, :1], 2, 2), rtol=1e-6)
 
 
 Q, K = np.ones((1, 5, 6, 4), np.float32), np.ones((1, 7, 2, 4), np.float32)

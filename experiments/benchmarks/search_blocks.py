@@ -1,0 +1,60 @@
+"""Block sizes of a TPU kernel by their estimated cycles, without a TPU.
+
+  python -m experiments.benchmarks.search_blocks "window 128, forward" v6e
+
+Compiles the kernel with every combination of the sizes below that its
+dataclass accepts, and prints them from the best to the worst. What is found
+best goes into the defaults of the dataclass. Needs libtpu.
+"""
+import argparse
+import itertools
+import json
+
+from experiments.benchmarks import kernels_tpu, tpu_static
+
+# By the job of a case: sizes to try.
+SIZES = {
+    "attention": {"queries": (512, 1024, 2048), "rows": (64, 128),
+                  "heads": (1, 2, 4), "lead": (1, 2, 3), "lag": (1, 2)},
+    "attention_backward": {"rows": (512, 1024), "lanes": (128, 256),
+                           "sub": (32, 64, 128), "lead": (1, 2),
+                           "lag": (1, 2)},
+    "decode": {"sequences": (2, 4, 8, 16), "lead": (1, 2, 3)},
+    "experts": {"rows": (16, 128, 512), "columns": (640, 1152, 1920, 2880),
+                "depth": (128, 256, 512)},
+}
+
+
+def candidates(name: str) -> list[dict]:
+  case = kernels_tpu.CASES[name]
+  sizes = SIZES[case.job]
+  return [dict(zip(sizes, values))
+          for values in itertools.product(*sizes.values())]
+
+
+def search(name: str, generation: str) -> list[tuple[float, dict]]:
+  """(share of the roofline, sizes), the best first; errors are left out."""
+  case = kernels_tpu.CASES[name]
+  tried = candidates(name)
+  jobs = [(f"experiments.benchmarks.kernels_tpu:{case.job}",
+           case.options | {"blocks": sizes}) for sizes in tried]
+  found = []
+  for sizes, result in zip(tried, tpu_static.estimate(generation, jobs)):
+    if "cycles" in result:
+      row = kernels_tpu.figure(
+          name, generation, kernels_tpu.cycles(result, case.counted))
+      found.append((row["percent"], sizes))
+  return sorted(found, key=lambda x: -x[0])
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("kernel", choices=kernels_tpu.CASES)
+  parser.add_argument("generation", choices=tpu_static.GENERATIONS)
+  arguments = parser.parse_args()
+  for percent, sizes in search(arguments.kernel, arguments.generation):
+    print(json.dumps({"percent": percent} | sizes))
+
+
+if __name__ == "__main__":
+  main()
