@@ -14,13 +14,16 @@ bfloat16) is 262 KB a sequence: 480 cycles of a v5e's memory, 280 of a v6e's,
   maxima and sums are plain vector operations and give one row [1, R], of one
   register, where lanes would have to be reduced by the cross-lane unit and
   give a column for each 8 queries. Of P @ V the blocks on the diagonal are
-  kept; for that P alone is transposed, 17 registers a sequence.
+  kept; for that P alone is transposed.
 - The new tokens' own keys and values are T more rows of the same matmuls.
 - What a query sees comes as bits, 32 slots a word and a word for each lane:
   a shift brings a slot's bit to the sign. 16 bytes a slot, where keys and
   values have 2048.
-- Several sequences a step, their three stages interleaved: the scores of one
-  lead the softmax of another, and that the values of a third.
+- Where a sequence has but 64 rows or fewer, several share the 128 lanes: as if
+  they were one with more key heads.
+- A loop over a step's sequences does three stages at once: values of some, the
+  softmax of the next, the scores of those after, which wait for one another
+  only from one turn to the next.
 
 A cache of more slots than a step takes has a running softmax. What it has
 summed is kept normalised, so that a step needs one factor a row for it. Blocks
@@ -51,9 +54,8 @@ class Blocks:
   """What one step of the grid takes.
 
   sequences: rows of the batch. slots: of their caches; all of them in one step
-  if they have no more. lead: of how many sequences the scores are computed
-  before the first softmax, and the softmax before the first values.
-  skip: leaves out blocks past what the rows have filled, which libtpu's static
+  if they have no more. together: how many registers' rows each stage takes at
+  a time. skip: leaves out blocks past what the rows have filled, which libtpu's static
   profiler cannot follow.
   """
   sequences: int
@@ -386,8 +388,7 @@ def _checked(blocks, slots: int) -> Blocks:
   if not isinstance(blocks, Blocks):
     raise ValueError(f"blocks={blocks!r}: expected decode_tpu.Blocks")
   if blocks.sequences < 1 or blocks.slots < 1 or blocks.together < 1:
-    raise ValueError(f"{blocks}: expected at least one sequence and slot, and "
-                     "no negative lead")
+    raise ValueError(f"{blocks}: expected at least one of each")
   if blocks.slots < slots and blocks.slots % WORD:
     raise ValueError(f"slots={blocks.slots}: of a cache of {slots} slots "
                      f"expected a multiple of {WORD}, or all")
