@@ -14,13 +14,16 @@ bfloat16) is 262 KB a sequence: 480 cycles of a v5e's memory, 280 of a v6e's,
   maxima and sums are plain vector operations and give one row [1, R], of one
   register, where lanes would have to be reduced by the cross-lane unit and
   give a column for each 8 queries. Of P @ V the blocks on the diagonal are
-  kept; for that P alone is transposed, 17 registers a sequence.
+  kept; for that P alone is transposed.
 - The new tokens' own keys and values are T more rows of the same matmuls.
 - What a query sees comes as bits, 32 slots a word and a word for each lane:
   a shift brings a slot's bit to the sign. 16 bytes a slot, where keys and
   values have 2048.
-- Several sequences a step, their three stages interleaved: the scores of one
-  lead the softmax of another, and that the values of a third.
+- Where a sequence has but 64 rows or fewer, several share the 128 lanes: as if
+  they were one with more key heads.
+- A loop over a step's sequences does three stages at once: values of some, the
+  softmax of the next, the scores of those after, which wait for one another
+  only from one turn to the next.
 
 A cache of more slots than a step takes has a running softmax. What it has
 summed is kept normalised, so that a step needs one factor a row for it. Blocks
@@ -42,6 +45,7 @@ from pallas_kernels.windowed_attention import reference
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # a finite maximum, for a query that sees nothing
 WORD = 32
+LANES = 128
 VMEM_LIMIT = 36 << 20
 
 
@@ -50,14 +54,13 @@ class Blocks:
   """What one step of the grid takes.
 
   sequences: rows of the batch. slots: of their caches; all of them in one step
-  if they have no more. lead: of how many sequences the scores are computed
-  before the first softmax, and the softmax before the first values.
-  skip: leaves out blocks past what the rows have filled, which libtpu's static
+  if they have no more. together: how many registers' rows each stage takes at
+  a time. skip: leaves out blocks past what the rows have filled, which libtpu's static
   profiler cannot follow.
   """
   sequences: int
   slots: int
-  lead: int = 2
+  together: int = 2
   skip: bool = True
 
 
@@ -78,7 +81,8 @@ class _Plan(typing.NamedTuple):
   shared: bool
   scale: float
   soft_cap: float | None
-  lead: int
+  pack: int
+  together: int
   skip: bool
 
 
@@ -90,11 +94,10 @@ def _matmul(a, b):
 
 def _scores(plan: _Plan, q_HR, k_own_TI, k_SI):
   """[S + T, R], in units of log 2."""
-  rows = q_HR.shape[1]
-  head = lax.broadcasted_iota(jnp.int32, (1, rows), 1) // (
-      rows // plan.num_kv_heads)
+  rows, heads = q_HR.shape[1], plan.pack * plan.num_kv_heads
+  head = lax.broadcasted_iota(jnp.int32, (1, rows), 1) // (rows // heads)
   q_IR = jnp.concatenate([jnp.where(head == h, q_HR, jnp.zeros_like(q_HR))
-                          for h in range(plan.num_kv_heads)], 0)
+                          for h in range(heads)], 0)
   s = _matmul(jnp.concatenate([k_SI, k_own_TI], 0), q_IR)
   if plan.soft_cap is None:
     return s * (plan.scale * LOG2E)
@@ -105,10 +108,12 @@ def _softmax(s, words, top, total):
   """Probabilities [S + T, R], what becomes of those before, and the maximum
   and the sum [1, R] after `top` and `total`."""
   slots, rows = s.shape
-  shift = WORD - 1 - lax.broadcasted_iota(jnp.int32, (WORD, rows), 0)
-  seen = jnp.concatenate([
-      jnp.broadcast_to(words[i:i + 1], (min(WORD, slots - WORD * i), rows))
-      << shift[:slots - WORD * i] for i in range(-(-slots // WORD))], 0) < 0
+  below = 7 - lax.broadcasted_iota(jnp.int32, (8, rows), 0)
+  bits = []
+  for i in range(0, slots, 8):
+    word, first = words[i // WORD:i // WORD + 1], i % WORD
+    bits.append((word << (WORD - 8 - first) << below)[:slots - i])
+  seen = jnp.concatenate(bits, 0) < 0
   s = jnp.where(seen, s, -jnp.inf)
   new_top = jnp.maximum(top, jnp.max(s, 0, keepdims=True))
   p = jnp.exp2(s - new_top)
@@ -138,51 +143,70 @@ def _kernel(plan: _Plan, *refs):
   used_ref = refs.pop(0) if plan.skip else None
   seen_ref, sinks_ref, q_ref, k_own_ref, k_ref = refs[:5]
   v_own_ref, v_ref = refs[3:5] if plan.shared else refs[5:7]
-  o_ref, *state = refs[5 if plan.shared else 7:]
-  step = pl.program_id(1)
+  o_ref, s_ref, p_ref, *state = refs[5 if plan.shared else 7:]
+  step, together = pl.program_id(1), plan.together
 
-  def scores(b):
-    return _scores(plan, q_ref[b], k_own_ref[b], k_ref[b])
+  def rows_of(pack):
+    return [pack * plan.pack + j for j in range(plan.pack)]
 
-  def softmax(b, s):
+  def scores(pack, u):
+    k_own, k = (jnp.concatenate([ref[b] for b in rows_of(pack)], 1)
+                for ref in (k_own_ref, k_ref))
+    s_ref[u] = _scores(plan, q_ref[pack], k_own, k)
+
+  def softmax(pack, u):
+    words = seen_ref[0, pack]
     if not state:
-      top, total = sinks_ref[0:1], sinks_ref[1:2]
-      p, *_ = _softmax(s, seen_ref[0, b], top, total)
-      return p.T, None
-    top_ref, total_ref, _ = state
-    p, kept, top_ref[b], total_ref[b] = _softmax(
-        s, seen_ref[0, b], top_ref[b], total_ref[b])
+      p, *_ = _softmax(s_ref[u], words, sinks_ref[0:1], sinks_ref[1:2])
+      p_ref[u] = p.T.astype(p_ref.dtype)
+      return
+    top_ref, total_ref, _, kept_ref = state
+    p, kept, top_ref[pack], total_ref[pack] = _softmax(
+        s_ref[u], words, top_ref[pack], total_ref[pack])
     # What is kept joins the transpose, to be a column.
-    p = jnp.concatenate([p, kept], 0).T
-    return p[:, :-1], p[:, -1:]
+    p_RS = jnp.concatenate([p, kept], 0).T
+    p_ref[u] = p_RS[:, :-1].astype(p_ref.dtype)
+    kept_ref[u] = p_RS[:, -1:]
 
-  def values(b, p, kept):
-    at = slice(None)
-    if plan.num_kv_heads == 1:
-      at = slice(0, plan.v_head_dim)
-    o = _values(plan, p, v_own_ref[b, :, at], v_ref[b, :, at], step * plan.block)
-    if state:
-      mean_ref = state[2]
-      mean_ref[b] = kept * mean_ref[b] + o
-    else:
-      o_ref[b] = o.astype(o_ref.dtype)
+  def values(pack, u):
+    # All columns, or of a single head those that are values.
+    at = slice(plan.v_head_dim if plan.num_kv_heads == 1 else None)
+    size = p_ref.shape[1] // plan.pack
+    for j, b in enumerate(rows_of(pack)):
+      own = slice(j * size, (j + 1) * size)
+      o = _values(plan, p_ref[u, own], v_own_ref[b, :, at], v_ref[b, :, at],
+                  step * plan.block)
+      if state:
+        _, _, mean_ref, kept_ref = state
+        mean_ref[b] = kept_ref[u, own] * mean_ref[b] + o
+      else:
+        o_ref[b] = o.astype(o_ref.dtype)
+
+  def stages(i, *wanted):
+    # The last first: each reads what that before it will write.
+    for behind, stage in ((2, values), (1, softmax), (0, scores)):
+      if stage in wanted:
+        for u in range(together):
+          stage((i - behind) * together + u, u)
 
   def attend():
-    lead, scored, weighed = plan.lead, {}, {}
-    for n in range(plan.sequences + 2 * lead):
-      if n < plan.sequences:
-        scored[n] = scores(n)
-      if 0 <= n - lead < plan.sequences:
-        weighed[n - lead] = softmax(n - lead, scored.pop(n - lead))
-      if n >= 2 * lead:
-        values(n - 2 * lead, *weighed.pop(n - 2 * lead))
+    count = plan.sequences // plan.pack // together
+    stages(0, scores)
+    if count > 1:
+      stages(1, scores, softmax)
+      lax.fori_loop(2, count, lambda i, _: stages(i, scores, softmax, values),
+                    None)
+      stages(count, softmax, values)
+    else:
+      stages(1, softmax)
+    stages(count + 1, values)
 
   if not state:
     return attend()
 
   @pl.when(step == 0)
   def _start():
-    for ref, start in zip(state, (sinks_ref[0:1], sinks_ref[1:2], 0.)):
+    for ref, start in zip(state[:3], (sinks_ref[0:1], sinks_ref[1:2], 0.)):
       ref[...] = jnp.broadcast_to(start, ref.shape)
 
   if plan.skip:
@@ -195,10 +219,10 @@ def _kernel(plan: _Plan, *refs):
     o_ref[...] = state[2][...].astype(o_ref.dtype)
 
 
-def _words(seen_BTS, num_own: int, block: int, steps: int, num_kv_heads: int,
-           group: int):
+def _words(plan: _Plan, seen_BTS, num_own: int, group: int):
   """Which of a step's slots and own keys each query sees, as the bits of
-  [steps, B, words, R]."""
+  [steps, packs, words, rows of a pack]."""
+  block, steps = plan.block, plan.steps
   slots = seen_BTS.shape[2] - num_own
   cached = jnp.pad(seen_BTS[..., :slots],
                    ((0, 0), (0, 0), (0, steps * block - slots)))
@@ -211,11 +235,12 @@ def _words(seen_BTS, num_own: int, block: int, steps: int, num_kv_heads: int,
   bits = bits.reshape(*bits.shape[:3], -1, WORD)
   words_BTSJ = jnp.sum(bits << jnp.arange(WORD, dtype=jnp.uint32), -1,
                        dtype=jnp.uint32)
-  words_SBJT = lax.bitcast_convert_type(words_BTSJ, jnp.int32).transpose(
-      2, 0, 3, 1)
+  words_PpTSJ = lax.bitcast_convert_type(words_BTSJ, jnp.int32).reshape(
+      -1, plan.pack, *words_BTSJ.shape[1:])
+  words_SPJpT = words_PpTSJ.transpose(3, 0, 4, 1, 2)
   words = jnp.broadcast_to(
-      words_SBJT[..., None, :, None],
-      (*words_SBJT.shape[:3], num_kv_heads, num_own, group))
+      words_SPJpT[..., None, :, None],
+      (*words_SPJpT.shape[:4], plan.num_kv_heads, num_own, group))
   return words.reshape(*words.shape[:3], -1)
 
 
@@ -251,11 +276,25 @@ def make_plan(q_BTNH, k_BSKH, v_BSKH, options) -> _Plan:
   blocks = _blocks(k_BSKH, v_BSKH, options)
   block = min(blocks.slots, slots)
   steps = -(-slots // block)
+  rows = q_BTNH.shape[1] * q_BTNH.shape[2]
+  pack = _pack(rows, math.gcd(batch, blocks.sequences),
+               num_kv_heads * head_dim)
+  together = math.gcd(blocks.sequences // pack, blocks.together)
   return _Plan(
       num_kv_heads, v_head_dim,
       head_dim if shared and num_kv_heads > 1 else v_head_dim,
       blocks.sequences, block, steps, slots if slots % block else None, shared,
-      options.scale, options.soft_cap, blocks.lead, blocks.skip and steps > 1)
+      options.scale, options.soft_cap, pack, together,
+      blocks.skip and steps > 1)
+
+
+def _pack(rows: int, sequences: int, width: int) -> int:
+  """How many sequences' rows share the lanes of a register."""
+  pack = 1
+  while 2 * pack * rows <= LANES and sequences % (2 * pack) == 0 and (
+      width % LANES == 0):
+    pack *= 2
+  return pack
 
 
 def prepare(plan: _Plan, q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH,
@@ -269,35 +308,35 @@ def prepare(plan: _Plan, q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH,
   used = ()
   if plan.skip:
     used = (_used_blocks(seen_BTS, block, plan.sequences),)
-  words = _words(
-      jnp.concatenate([seen_BTS, reference.visible_of_own(
-          q_positions_BT, window)], -1),
-      length, block, plan.steps, num_kv_heads, group)
+  words = _words(plan, jnp.concatenate([seen_BTS, reference.visible_of_own(
+      q_positions_BT, window)], -1), length, group)
   sinks = jnp.broadcast_to(jnp.array([[LOWEST], [0.]], jnp.float32), (2, rows))
   if sinks_N is not None:
     sinks_KG = sinks_N.astype(jnp.float32).reshape(num_kv_heads, 1, group)
     sinks_R = jnp.broadcast_to(LOG2E * sinks_KG, (num_kv_heads, length, group))
     sinks = jnp.stack([sinks_R.reshape(-1), jnp.ones(rows)])
   q_BKTGH = reference.grouped(q_BTNH, num_kv_heads).swapaxes(2, 3)
-  q_BHR = q_BKTGH.reshape(batch, rows, head_dim).swapaxes(1, 2)
+  q_PHR = q_BKTGH.reshape(batch // plan.pack, -1, head_dim).swapaxes(1, 2)
   own, cached = [_flat(k_BTKH)], [_flat(k_BSKH)]
   if not plan.shared:
     own.append(_flat(v_BTKH))
     cached.append(_flat(v_BSKH))
-  return (*used, words, sinks, q_BHR,
+  return (*used, words, jnp.tile(sinks, (1, plan.pack)), q_PHR,
           *(x for pair in zip(own, cached) for x in pair))
 
 
 def call(plan: _Plan, interpret, *operands):
   """The kernel alone: [B, R, v_head_dim]."""
   used, operands = operands[:plan.skip], operands[plan.skip:]
-  words, sinks, q_BHR, *keys_and_values = operands
-  (batch, _, rows), size = q_BHR.shape, plan.sequences
+  words, sinks, q_PHR, *keys_and_values = operands
+  batch, size = keys_and_values[0].shape[0], plan.sequences
+  packs, packed_rows = size // plan.pack, q_PHR.shape[2]
+  rows = packed_rows // plan.pack
 
   def at(i, s, *used):
     return jnp.minimum(s, used[0][i] - 1) if used else s
 
-  def row(x):
+  def row(x, size=size):
     return pl.BlockSpec((size, *x.shape[1:]), lambda i, s, *_: (i, 0, 0))
 
   def cache(x):
@@ -305,15 +344,18 @@ def call(plan: _Plan, interpret, *operands):
                         lambda i, s, *used: (i, at(i, s, *used), 0))
 
   in_specs = [
-      pl.BlockSpec((1, size, *words.shape[2:]),
+      pl.BlockSpec((1, packs, *words.shape[2:]),
                    lambda i, s, *used: (at(i, s, *used), i, 0, 0)),
-      pl.BlockSpec(sinks.shape, lambda *_: (0, 0)), row(q_BHR),
+      pl.BlockSpec(sinks.shape, lambda *_: (0, 0)), row(q_PHR, packs),
       *(cache(x) if i % 2 else row(x) for i, x in enumerate(keys_and_values))]
-  out = jax.ShapeDtypeStruct((batch, rows, plan.v_head_dim), q_BHR.dtype)
-  state = []
+  out = jax.ShapeDtypeStruct((batch, rows, plan.v_head_dim), q_PHR.dtype)
+  keys = plan.block + keys_and_values[0].shape[1]
+  state = [pltpu.VMEM((plan.together, keys, packed_rows), jnp.float32),
+           pltpu.VMEM((plan.together, packed_rows, keys), keys_and_values[0].dtype)]
   if plan.steps > 1:
-    state = [pltpu.VMEM((size, 1, rows), jnp.float32)] * 2 + [
-        pltpu.VMEM((size, rows, plan.v_head_dim), jnp.float32)]
+    state += [*[pltpu.VMEM((packs, 1, packed_rows), jnp.float32)] * 2,
+              pltpu.VMEM((size, rows, plan.v_head_dim), jnp.float32),
+              pltpu.VMEM((plan.together, packed_rows, 1), jnp.float32)]
   return pl.pallas_call(
       functools.partial(_kernel, plan), out_shape=out,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -345,9 +387,8 @@ def _blocks(k_BSKH, v_BSKH, options) -> Blocks:
 def _checked(blocks, slots: int) -> Blocks:
   if not isinstance(blocks, Blocks):
     raise ValueError(f"blocks={blocks!r}: expected decode_tpu.Blocks")
-  if blocks.sequences < 1 or blocks.slots < 1 or blocks.lead < 0:
-    raise ValueError(f"{blocks}: expected at least one sequence and slot, and "
-                     "no negative lead")
+  if blocks.sequences < 1 or blocks.slots < 1 or blocks.together < 1:
+    raise ValueError(f"{blocks}: expected at least one of each")
   if blocks.slots < slots and blocks.slots % WORD:
     raise ValueError(f"slots={blocks.slots}: of a cache of {slots} slots "
                      f"expected a multiple of {WORD}, or all")

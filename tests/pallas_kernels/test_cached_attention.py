@@ -15,11 +15,16 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # Name: sizes (B, T, S, K, G, H), options, the TPU kernel's blocks.
 CASES = {
-    "gpt-oss": ((3, 1, 128, 8, 8, 64), dict(window=128, sinks=True), None),
+    "gpt-oss": ((3, 1, 128, 8, 8, 64), dict(window=128, sinks=True),
+                Blocks(2, 128)),
     "gpt-oss, guesses": ((2, 4, 131, 8, 8, 64), dict(window=128, sinks=True),
                          Blocks(1, 131)),
     "window of one": ((2, 3, 5, 3, 2, 20), dict(window=1), None),
-    "one slot": ((5, 1, 1, 2, 3, 7), dict(), Blocks(2, 1, lead=1)),
+    "packed in lanes": ((12, 2, 40, 4, 2, 32), dict(window=31, sinks=True),
+                        Blocks(12, 40, together=2)),
+    "packed, in steps": ((8, 1, 100, 2, 3, 64), dict(soft_cap=3.0),
+                         Blocks(4, 32)),
+    "one slot": ((5, 1, 1, 2, 3, 7), dict(), Blocks(2, 1, together=1)),
     "long, in steps": ((3, 1, 203, 2, 4, 96), dict(sinks=True),
                        Blocks(2, 64)),
     "long, nothing skipped": ((2, 2, 96, 2, 1, 24), dict(soft_cap=1.5),
