@@ -31,6 +31,7 @@ from pallas_kernels.windowed_attention.options import CacheOptions
 
 MAX_ROWS = 64  # of a program
 MAX_SLOTS = 4096  # of a program: it holds their positions at once
+BLOCK_BYTES = 2 ** 15  # of keys and values, of which `stages` are held
 PROGRAMS = 4 * 132  # that fill a Hopper: four a multiprocessor
 NOWHERE = 2 ** 30  # a position in nobody's past
 
@@ -69,9 +70,10 @@ def unsupported(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
 
 def _plan(q_BTNH, k_BSKH, v_BSKH, options: CacheOptions):
   """The problem, the number of row tiles, of parts and of blocks in a part."""
-  blocks = options.blocks or DecodeBlocks(
-      slots=64 if q_BTNH.shape[3] <= 128 else 32)
   batch, length, num_heads, head_dim = q_BTNH.shape
+  slot_bytes = q_BTNH.dtype.itemsize * (padded(head_dim)
+                                        + padded(v_BSKH.shape[3]))
+  blocks = options.blocks or DecodeBlocks(min(64, BLOCK_BYTES // slot_bytes))
   slots, num_kv_heads = k_BSKH.shape[1:3]
   rows = length * num_heads // num_kv_heads
   tile = blocks.tile(min(MAX_ROWS, padded(rows)))

@@ -7,9 +7,12 @@ delta = sum(o do), float32 [B, N, T].
 """
 import dataclasses
 import functools
+import re
 
+import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platforms
 from pallas_kernels.windowed_attention import gpu_backward, gpu_forward
 from pallas_kernels.windowed_attention.gpu_tiles import Problem, Tile, padded
 from pallas_kernels.windowed_attention.options import Options
@@ -28,21 +31,38 @@ class Blocks:
   dkv: Tile
 
 
-def default_blocks(head_dim: int, v_head_dim: int, dtype,
-                   options: Options) -> Blocks:
-  """Tiles by how many registers (at most 255 a thread) and how much shared
-  memory (227 KB a multiprocessor) the compiler was seen to need on Hopper.
+def is_hopper() -> bool:
+  """Whether what is compiled for has Hopper's shared memory, or more."""
+  return bool(re.search(r"\b(G?H|G?B)(100|200|300|800|20)\b",
+                        platforms.device_kind()))
 
-  None spills, every 16-bit matmul is an asynchronous wgmma, and where the
-  head_dim is 64 two or three programs fit a multiprocessor, of which one
-  multiplies while another takes its softmax. Small windows want small key
+
+def default_blocks(head_dim: int, v_head_dim: int, dtype, options: Options,
+                   hopper: bool) -> Blocks:
+  """Tiles by how many registers (at most 255 a thread) and how much shared
+  memory (227 KB a multiprocessor on Hopper, elsewhere as little as 99) the
+  compiler was seen to need.
+
+  On Hopper none spills, every 16-bit matmul is an asynchronous wgmma, and
+  where the head_dim is 64 two or three programs fit a multiprocessor, of which
+  one multiplies while another takes its softmax. Small windows want small key
   blocks: those on the band's edges are half wasted. Float32 multiplies
   without tensor cores, its operands in registers.
   """
   dim = max(padded(head_dim), padded(v_head_dim))
   if jnp.dtype(dtype).itemsize == 4:
     tile = Tile(32, 32, 4, 2) if dim <= 64 else Tile(32, 32, 8, 1)
+    if dim > 128 and not hopper:
+      tile = Tile(16, 16, 8, 1)
     return Blocks(tile, tile, tile)
+  if not hopper:
+    if dim <= 64:
+      return Blocks(Tile(128, 32, 4, 3), Tile(64, 32, 4, 2),
+                    Tile(32, 64, 4, 2))
+    if dim <= 128:
+      return Blocks(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2),
+                    Tile(32, 64, 8, 2))
+    return Blocks(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 64, 8, 1))
   if dim <= 64:
     if options.window is not None and options.window <= 256:
       return Blocks(Tile(128, 32, 4, 3), Tile(128, 32, 4, 3),
@@ -56,6 +76,14 @@ def default_blocks(head_dim: int, v_head_dim: int, dtype,
   return Blocks(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2))
 
 
+def _capability() -> float | None:
+  """The GPU's, where one is at hand."""
+  if jax.sharding.get_abstract_mesh().abstract_device is not None:
+    return None
+  capability = getattr(jax.devices()[0], "compute_capability", None)
+  return None if capability is None else float(capability)
+
+
 def unsupported(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS,
                 options: Options) -> str | None:
   """Why these kernels cannot do this; None if they can."""
@@ -63,6 +91,9 @@ def unsupported(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS,
   if blocks is not None and not isinstance(blocks, Blocks):
     raise ValueError(f"blocks={blocks}: expected "
                      "pallas_kernels.windowed_attention.gpu.Blocks")
+  if (capability := _capability()) and capability < 8:
+    return (f"compute capability {capability} of "
+            f"{platforms.device_kind()}: Triton's matmuls ask for 8.0")
   dtypes = [x.dtype for x in (q_BTNH, k_BSKH, v_BSKH)]
   if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
     return (f"q, k and v are {', '.join(map(str, dtypes))}: give all three as "
@@ -82,7 +113,8 @@ def unsupported(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS,
 
 def _problem(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, options, kernel):
   blocks = options.blocks or default_blocks(
-      q_BTNH.shape[3], v_BSKH.shape[3], q_BTNH.dtype, options)
+      q_BTNH.shape[3], v_BSKH.shape[3], q_BTNH.dtype, options,
+      is_hopper())
   return Problem(
       num_queries=q_BTNH.shape[1], num_keys=k_BSKH.shape[1],
       num_heads=q_BTNH.shape[2], num_kv_heads=k_BSKH.shape[2],

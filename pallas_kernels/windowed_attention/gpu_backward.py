@@ -12,12 +12,12 @@ them on the left, from registers. Past a head_dim of 128 the two sums fill the
 registers (2 * 64 * 256 floats are 256 for each of 128 threads), and dk and dv
 are found one after the other: five products instead of four.
 
-At gpt-oss's window (D 64, W 128, 8 query heads to a kv head) 64 keys are seen
-by 64 + 127 = 191 tokens: 1.5 scores for each that counts, in both kernels.
-These are 7 products of 2 * 64 flops over 192 scores a query and head, where
-five over 128 would do were dq not on the other side of the sum. In bfloat16
-and per token and head the first kernel moves 4 * 128 bytes (q, o, do, dq) and
-the second at least 2 * 128 (q, do; each of these from the L2 cache thrice).
+At gpt-oss's window (D 64, W 128, 8 query heads to a kv head, bfloat16) dq
+takes 160 scores a query, as the forward pass does; dk and dv 191, since 64
+keys are seen by 64 + 127 tokens. These are 3 and 4 products of 2 * 64 flops a
+score; one kernel for both would spare two, but has either dq or dk and dv to
+add up in memory. Per token and head the first moves 512 bytes (q, o, do, dq)
+and the second 256 (q, do) three times, twice of them from the L2 cache.
 """
 import functools
 

@@ -3,15 +3,16 @@ keys of its band.
 
 At gpt-oss's window (D 64, W 128, 8 query heads to a kv head, bfloat16) a tile
 of 128 rows is 16 tokens of all 8 heads. Their band is 16 + 127 = 143 keys,
-three blocks of 64 that start at the band's first key: 192 scores a query, 1.5
-times what the window needs, where a tile of 128 tokens of one head would take
-256. A program moves 16 KB of q, 16 KB of o and 48 KB of k and v, these from
-the L2 cache, which its seven neighbours share; q and o alone are 134 of the
-151 MB that T = 8192 with 64 heads must move.
+five blocks of 32 from the band's first key on: 160 scores a query, 1.25 times
+what the window needs, where a tile of 128 tokens of one head would take 256.
+A program moves 16 KB of q, 16 KB of o and 40 KB of k and v, these from the L2
+cache, where other programs need them too: q and o are 134 of the 151 MB that
+T = 8192 with 64 heads must move.
 
 The softmax is online, in base 2, on unscaled products: exp2(c s - c m) is one
 multiply-add and one exp2 a score. A sink starts the running maximum and sum
-as a key with no value would.
+as a key without a value would. Of the five blocks, the three inside the band
+skip the mask.
 """
 import functools
 import math

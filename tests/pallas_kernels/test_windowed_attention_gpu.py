@@ -23,7 +23,7 @@ CASES = {
     "shorter than a tile": ((2, 5, 5, 1, 3, 40), dict(sinks=True)),
     "full": ((2, 83, 83, 1, 2, 24), dict(sinks=True, soft_cap=1.5)),
     "gpt-oss": ((1, 203, 203, 2, 8, 64),
-                dict(window=128, sinks=True, blocks=None)),
+                dict(window=128, sinks=True, blocks="hopper")),
     "many blocks in a window": ((1, 150, 150, 2, 4, 5), dict(window=77)),
     "window of one": ((1, 70, 70, 3, 2, 17), dict(window=1, sinks=True)),
     "window past the end": ((1, 50, 50, 1, 1, 9),
@@ -45,12 +45,13 @@ CASES = {
                     dict(v_head_dim=21, window=20, sinks=True)),
 }
 WIDE = {
-    "head_dim 96": ((1, 150, 150, 1, 4, 96), dict(window=100, blocks=None)),
-    "head_dim 128": ((1, 147, 147, 1, 1, 128), dict(blocks=None)),
+    "head_dim 96": ((1, 150, 150, 1, 4, 96), dict(window=100, blocks="ampere")),
+    "head_dim 128": ((1, 147, 147, 1, 1, 128), dict(blocks="hopper")),
     "head_dim 256": ((1, 139, 139, 1, 2, 256),
-                     dict(window=64, blocks=None, sinks=True)),
+                     dict(window=64, blocks="hopper", sinks=True)),
     "head_dim 64": ((1, 157, 157, 1, 8, 64),
-                    dict(window=31, blocks=None, sinks=True, segments=True)),
+                    dict(window=31, blocks="hopper", sinks=True,
+                         segments=True)),
 }
 
 
@@ -81,6 +82,10 @@ def results(implementation, options, q, k, v, sinks, segments, do):
     options.pop(given_as_arrays, None)
   blocks = options.pop("blocks", SMALL)
   if implementation == "pallas-gpu":
+    if isinstance(blocks, str):
+      blocks = gpu.default_blocks(q.shape[3], v.shape[3], q.dtype,
+                                  Options(options["window"], 1.0),
+                                  hopper=blocks == "hopper")
     options |= dict(blocks=blocks, interpret=True)
   function = lambda q, k, v, sinks: windowed_attention(
       q, k, v, sinks_N=sinks, segment_ids=segments,
@@ -272,16 +277,29 @@ MODELS = {
 }
 
 
-def lowered_for_cuda(function, *args) -> str:
-  """The program for a GPU, lowered without one."""
-  device = dict(device_kind="NVIDIA H200", num_cores=132)
+def device_mesh(kind="NVIDIA H200", devices=1):
+  """What is compiled for: GPUs that need not be there."""
+  device = dict(device_kind=kind, num_cores=132)
   if "platform" in inspect.signature(jax.sharding.AbstractDevice).parameters:
     device["platform"] = "gpu"
-  mesh = jax.sharding.AbstractMesh(
-      (1,), ("x",), (jax.sharding.AxisType.Explicit,),
+  return jax.sharding.AbstractMesh(
+      (devices,), ("data",), (jax.sharding.AxisType.Auto,),
       abstract_device=jax.sharding.AbstractDevice(**device))
+
+
+@pytest.mark.parametrize("kind,hopper", [
+    ("NVIDIA H200", True), ("NVIDIA H100 80GB HBM3", True),
+    ("NVIDIA GH200 480GB", True), ("NVIDIA B200", True), ("NVIDIA L4", False),
+    ("NVIDIA A100-SXM4-40GB", False)])
+def test_who_has_hoppers_shared_memory(kind, hopper):
+  with jax.sharding.use_abstract_mesh(device_mesh(kind)):
+    assert gpu.is_hopper() == hopper
+
+
+def lowered_for_cuda(function, *args, devices=1) -> str:
+  """The program for a GPU, lowered without one."""
   checks = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-  with jax.sharding.use_abstract_mesh(mesh):
+  with jax.sharding.use_abstract_mesh(device_mesh(devices=devices)):
     return export.export(jax.jit(function), platforms=["cuda"],
                          disabled_checks=checks)(*args).mlir_module()
 
@@ -324,3 +342,22 @@ def test_lowers_for_cuda_forward_and_backward(model, dtype):
   assert module.count("@__gpu$xla.gpu.triton") == 3 + (head_dim > 128)
   # Nothing but the kernels' own arrays: no score and no transposed copy.
   assert "stablehlo.transpose" not in module
+
+
+def test_lowers_inside_shard_map():
+  """Outputs vary over the mesh axes that the inputs vary over."""
+  axis = jax.sharding.PartitionSpec("data")
+
+  def loss(q, k):
+    def part(q, k):
+      o = windowed_attention(q, k, k, window=128, scale=1.0,
+                             implementation="pallas-gpu")
+      return jax.lax.psum(jnp.sum(o.astype(jnp.float32)), "data")
+    return jax.shard_map(part, mesh=device_mesh(devices=2),
+                         in_specs=(axis, axis), check_vma=True,
+                         out_specs=jax.sharding.PartitionSpec())(q, k)
+
+  shape = lambda heads: jax.ShapeDtypeStruct((2, 512, heads, 64), "bfloat16")
+  module = lowered_for_cuda(jax.grad(loss, (0, 1)), shape(8), shape(2),
+                            devices=2)
+  assert module.count("@__gpu$xla.gpu.triton") == 3
