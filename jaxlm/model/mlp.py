@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from jaxlm.config import MLPConfig
 from jaxlm.model.layers import fan_in, weight
-from pallas_kernels.expert_matmul.reference import clamped_swiglu
+from pallas_kernels.expert_matmul.reference import (clamped_swiglu,
+                                                     deinterleave)
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -13,22 +14,6 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-
-
-@jax.custom_vjp
-def deinterleave(h):
-  """The even and the odd columns."""
-  return h[..., ::2], h[..., 1::2]
-
-
-def _deinterleave_backward(_, gradients):
-  # The transpose that autodiff finds pads each half and adds: thrice as slow
-  # on a CPU.
-  even, _ = gradients
-  return (jnp.stack(gradients, -1).reshape(*even.shape[:-1], -1),)
-
-
-deinterleave.defvjp(lambda h: (deinterleave(h), None), _deinterleave_backward)
 
 
 def activate(h, config: MLPConfig):

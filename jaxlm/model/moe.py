@@ -1,4 +1,6 @@
 """The expert layer: route, gather rows by expert, two matmuls, combine."""
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,24 +32,18 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def combine(y_MD, weight_M, token_M, row_TA):
-  """Each token's rows, weighted and summed in float32, in y's dtype."""
-  weighted = y_MD[row_TA] * weight_M[row_TA][..., None]
-  return jnp.sum(weighted, 1).astype(y_MD.dtype)
+def combine(y_MD, token_M, row_TA):
+  """The sum of each token's rows, in float32, in y's dtype. Its gradient
+  gathers too."""
+  return jnp.sum(y_MD[row_TA].astype(jnp.float32), 1).astype(y_MD.dtype)
 
 
-def _combine_forward(y_MD, weight_M, token_M, row_TA):
-  return combine(y_MD, weight_M, token_M, row_TA), (y_MD, weight_M, token_M)
+def _combine_forward(y_MD, token_M, row_TA):
+  return combine(y_MD, token_M, row_TA), token_M
 
 
-def _combine_backward(residuals, dx_TD):
-  y_MD, weight_M, token_M = residuals
-  dx_MD = dx_TD[token_M].astype(jnp.float32)
-  return ((dx_MD * weight_M[:, None]).astype(y_MD.dtype),
-          jnp.sum(dx_MD * y_MD, -1), None, None)
-
-
-combine.defvjp(_combine_forward, _combine_backward)
+combine.defvjp(_combine_forward,
+               lambda token_M, dx_TD: (dx_TD[token_M], None, None))
 
 
 def experts(x_TD, routing: Routing, weights, config: MoEConfig,
@@ -55,42 +51,31 @@ def experts(x_TD, routing: Routing, weights, config: MoEConfig,
   """The weighted sum of each token's experts, [T, D].
 
   `weights` are (first [E, D, 2F], its bias, down [E, F, D], its bias) as
-  `mlp_weights` gives them.
+  `mlp_weights` gives them, matrices in quantized leaves too.
   """
   first, first_bias, down, down_bias = weights
   token_M, weight_M, sizes_E, row_TA = routing
   x_MD = (x_TD[token_M] if row_TA is None
           else dispatch(x_TD, token_M, row_TA))
-  h_MF = _matmul(x_MD, first, sizes_E, first_bias, implementation)
-  y_MD = _matmul(activate(h_MF, config.expert), down, sizes_E, down_bias,
-                 implementation)
+  matmul = functools.partial(_matmul, sizes_E=sizes_E,
+                             implementation=implementation)
+  expert = config.expert
+  if expert.activation == "clamped_swiglu" and expert.interleaved:
+    h_MF = matmul(x_MD, first, first_bias, swiglu_limit=expert.swiglu_limit)
+  else:
+    h_MF = activate(matmul(x_MD, first, first_bias), expert)
+  y_MD = matmul(h_MF, down, down_bias, row_weights_M=weight_M)
   if row_TA is not None:
-    return combine(y_MD, weight_M, token_M, row_TA)
-  total_TD = jax.ops.segment_sum(y_MD * weight_M[:, None], token_M,
+    return combine(y_MD, token_M, row_TA)
+  total_TD = jax.ops.segment_sum(y_MD.astype(jnp.float32), token_M,
                                  x_TD.shape[0])
   return total_TD.astype(x_TD.dtype)
 
 
-def _matmul(x_MD, weights, sizes_E, bias_EF, implementation):
-  """Each row by its expert's weights, an array or a quantized leaf."""
-  dtype = x_MD.dtype
-  if bias_EF is not None:
-    bias_EF = bias_EF.astype(dtype)
-  if is_quantized(weights) and len(x_MD) < len(sizes_E):
-    return _few_rows(x_MD, weights, sizes_E, bias_EF)
-  return expert_matmul(x_MD, weights.astype(dtype), sizes_E, bias=bias_EF,
-                       implementation=implementation)
-
-
-def _few_rows(x_MD, weights, sizes_E, bias_EF):
-  """Dequantizes the experts of these rows alone: decode has few."""
-  expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(len(x_MD)),
-                              side="right")
-  y_MF = jnp.einsum("MD,MDF->MF", x_MD, weights[expert_M].astype(x_MD.dtype),
-                    preferred_element_type=jnp.float32)
-  if bias_EF is not None:
-    y_MF += bias_EF[expert_M]
-  return y_MF.astype(x_MD.dtype)
+def _matmul(x_MD, weights, bias_EF, *, sizes_E, **options):
+  if not is_quantized(weights):
+    weights = weights.astype(x_MD.dtype)
+  return expert_matmul(x_MD, weights, sizes_E, bias=bias_EF, **options)
 
 
 class MoE(nn.Module):

@@ -105,34 +105,52 @@ def _expert_matmul(name, auto, options, *args):
 
 
 def _forward(name, auto, options, *args):
-  return _expert_matmul(name, auto, options, *args), args
+  if options.swiglu_limit is None:
+    return _expert_matmul(name, auto, options, *args), (args, None)
+  # What SwiGLU is of is kept: its gradient would need the matmul again.
+  *matmul_args, row_weights_M = args
+  h_MF = _run("matmul", name, auto, *matmul_args, None,
+              options=options._replace(swiglu_limit=None))
+  return reference.finish(h_MF, row_weights_M,
+                          swiglu_limit=options.swiglu_limit), (args, h_MF)
 
 
 def _backward(name, auto, options, residuals, dy):
-  x_MD, weights, group_sizes_E, bias, row_weights_M = residuals
-  plain = options._replace(swiglu_limit=None)
+  (x_MD, weights, group_sizes_E, bias, row_weights_M), h_MF = residuals
+  options, limit = options._replace(swiglu_limit=None), options.swiglu_limit
   drow_weights_M = dweights = dbias = None
-  if options.swiglu_limit is not None or row_weights_M is not None:
-    # What the matmul alone gives is computed again rather than kept.
-    h_MF = _run("matmul", name, auto, x_MD, weights, group_sizes_E, bias, None,
-                options=plain)
-    _, vjp = jax.vjp(functools.partial(
-        reference.finish, swiglu_limit=options.swiglu_limit), h_MF,
-        row_weights_M)
+  if limit is not None:
+    _, vjp = jax.vjp(functools.partial(reference.finish, swiglu_limit=limit),
+                     h_MF, row_weights_M)
     dy, drow_weights_M = vjp(dy)
   dx_MD = _run("input_gradient", name, auto, dy, weights, group_sizes_E,
-               options=plain)
+               options=options)
+  if limit is None and row_weights_M is not None:
+    drow_weights_M = _row_weights_gradient(x_MD, dx_MD, dy, group_sizes_E,
+                                           bias).astype(row_weights_M.dtype)
+    dx_MD, dy = (reference.finish(g, row_weights_M) for g in (dx_MD, dy))
   if is_quantized(weights):
     if bias is not None:
       dbias = reference.bias_gradient(dy, group_sizes_E)
   else:
     dweights, dbias = _run("weight_gradient", name, auto, x_MD, dy,
                            group_sizes_E, with_bias=bias is not None,
-                           options=plain)
+                           options=options)
     dweights = dweights.astype(weights.dtype)
   if bias is not None:
     dbias = dbias.astype(bias.dtype)
   return dx_MD, dweights, None, dbias, drow_weights_M
+
+
+def _row_weights_gradient(x_MD, dx_MD, dy_MF, group_sizes_E, bias_EF):
+  """dy (x W + bias) of each row, by dx = dy W^T of no weight: without the
+  matmul again, nor its result kept."""
+  total_M = jnp.sum(dx_MD.astype(jnp.float32) * x_MD, -1)
+  if bias_EF is not None:
+    expert_M = reference.row_expert(group_sizes_E, len(x_MD))
+    bias_MF = bias_EF.at[expert_M].get(mode="fill", fill_value=0)
+    total_M += jnp.sum(dy_MF.astype(jnp.float32) * bias_MF, -1)
+  return total_M
 
 
 _expert_matmul.defvjp(_forward, _backward)

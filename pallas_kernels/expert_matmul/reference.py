@@ -7,6 +7,22 @@ from pallas_kernels.quant import is_quantized
 SWIGLU_ALPHA = 1.702
 
 
+@jax.custom_vjp
+def deinterleave(h):
+  """The even and the odd columns."""
+  return h[..., ::2], h[..., 1::2]
+
+
+def _deinterleave_backward(_, gradients):
+  # The transpose that autodiff finds pads each half and adds: thrice as slow
+  # on a CPU.
+  even, _ = gradients
+  return (jnp.stack(gradients, -1).reshape(*even.shape[:-1], -1),)
+
+
+deinterleave.defvjp(lambda h: (deinterleave(h), None), _deinterleave_backward)
+
+
 def clamped_swiglu(gate, up, limit: float):
   """gpt-oss's SwiGLU: both sides clamped, up shifted by one."""
   gate = jnp.minimum(gate, limit)
@@ -18,7 +34,7 @@ def finish(h_MF, row_weights_M=None, *, swiglu_limit=None):
   """What follows the matmul, computed in float32 and given in h's dtype."""
   y = h_MF.astype(jnp.float32)
   if swiglu_limit is not None:
-    y = clamped_swiglu(y[:, ::2], y[:, 1::2], swiglu_limit)
+    y = clamped_swiglu(*deinterleave(y), swiglu_limit)
   if row_weights_M is not None:
     y *= row_weights_M.astype(jnp.float32)[:, None]
   return y.astype(h_MF.dtype)

@@ -147,11 +147,11 @@ def _kernel(plan: _Plan, *refs):
   def softmax(b, s):
     if not state:
       top, total = sinks_ref[0:1], sinks_ref[1:2]
-      p, *_ = _softmax(s, seen_ref[b, 0], top, total)
+      p, *_ = _softmax(s, seen_ref[0, b], top, total)
       return p.T, None
     top_ref, total_ref, _ = state
     p, kept, top_ref[b], total_ref[b] = _softmax(
-        s, seen_ref[b, 0], top_ref[b], total_ref[b])
+        s, seen_ref[0, b], top_ref[b], total_ref[b])
     # What is kept joins the transpose, to be a column.
     p = jnp.concatenate([p, kept], 0).T
     return p[:, :-1], p[:, -1:]
@@ -198,7 +198,7 @@ def _kernel(plan: _Plan, *refs):
 def _words(seen_BTS, num_own: int, block: int, steps: int, num_kv_heads: int,
            group: int):
   """Which of a step's slots and own keys each query sees, as the bits of
-  [B, steps, words, R]."""
+  [steps, B, words, R]."""
   slots = seen_BTS.shape[2] - num_own
   cached = jnp.pad(seen_BTS[..., :slots],
                    ((0, 0), (0, 0), (0, steps * block - slots)))
@@ -211,11 +211,11 @@ def _words(seen_BTS, num_own: int, block: int, steps: int, num_kv_heads: int,
   bits = bits.reshape(*bits.shape[:3], -1, WORD)
   words_BTSJ = jnp.sum(bits << jnp.arange(WORD, dtype=jnp.uint32), -1,
                        dtype=jnp.uint32)
-  words_BSJT = jnp.moveaxis(lax.bitcast_convert_type(words_BTSJ, jnp.int32),
-                            1, -1)
+  words_SBJT = lax.bitcast_convert_type(words_BTSJ, jnp.int32).transpose(
+      2, 0, 3, 1)
   words = jnp.broadcast_to(
-      words_BSJT[..., None, :, None],
-      (*words_BSJT.shape[:3], num_kv_heads, num_own, group))
+      words_SBJT[..., None, :, None],
+      (*words_SBJT.shape[:3], num_kv_heads, num_own, group))
   return words.reshape(*words.shape[:3], -1)
 
 
@@ -294,23 +294,21 @@ def call(plan: _Plan, interpret, *operands):
   words, sinks, q_BHR, *keys_and_values = operands
   (batch, _, rows), size = q_BHR.shape, plan.sequences
 
-  def spec(x, slots=None, axis=1):
-    """A block of sequences; along `axis` the step's, of so many slots."""
-    shape, at = [size, *x.shape[1:]], lambda i, s: s
-    if slots is not None:
-      shape[axis] = slots
-      if plan.skip:
-        at = lambda i, s, used: jnp.minimum(s, used[i] - 1)
-    def index(i, s, *used):
-      place = [i] + [0] * (x.ndim - 1)
-      if slots is not None:
-        place[axis] = at(i, s, *used)
-      return tuple(place)
-    return pl.BlockSpec(tuple(shape), index)
+  def at(i, s, *used):
+    return jnp.minimum(s, used[0][i] - 1) if used else s
 
-  in_specs = [spec(words, 1), pl.BlockSpec(sinks.shape, lambda *_: (0, 0)),
-              spec(q_BHR), *(spec(x, plan.block if i % 2 else None)
-                         for i, x in enumerate(keys_and_values))]
+  def row(x):
+    return pl.BlockSpec((size, *x.shape[1:]), lambda i, s, *_: (i, 0, 0))
+
+  def cache(x):
+    return pl.BlockSpec((size, plan.block, x.shape[2]),
+                        lambda i, s, *used: (i, at(i, s, *used), 0))
+
+  in_specs = [
+      pl.BlockSpec((1, size, *words.shape[2:]),
+                   lambda i, s, *used: (at(i, s, *used), i, 0, 0)),
+      pl.BlockSpec(sinks.shape, lambda *_: (0, 0)), row(q_BHR),
+      *(cache(x) if i % 2 else row(x) for i, x in enumerate(keys_and_values))]
   out = jax.ShapeDtypeStruct((batch, rows, plan.v_head_dim), q_BHR.dtype)
   state = []
   if plan.steps > 1:
@@ -321,7 +319,7 @@ def call(plan: _Plan, interpret, *operands):
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=len(used), scratch_shapes=state,
           grid=(pl.cdiv(batch, size), plan.steps), in_specs=in_specs,
-          out_specs=spec(out)),
+          out_specs=row(out)),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=VMEM_LIMIT),

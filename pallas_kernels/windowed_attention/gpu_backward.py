@@ -27,7 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.windowed_attention import gpu_tiles
-from pallas_kernels.windowed_attention.gpu_tiles import LOG2_E, Problem, flat_spec
+from pallas_kernels.windowed_attention.gpu_tiles import (LOG2_E, Problem,
+                                                         flat_spec)
 
 
 def _score_gradient(problem: Problem, p, s, dp, delta):

@@ -22,7 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.windowed_attention import gpu_tiles
-from pallas_kernels.windowed_attention.gpu_tiles import LOG2_E, Problem, flat_spec
+from pallas_kernels.windowed_attention.gpu_tiles import (LOG2_E, Problem,
+                                                         flat_spec)
 
 LN_2 = math.log(2)
 

@@ -50,8 +50,7 @@ class FoldBlocks:
       raise ValueError(f"{self.heads} heads of {self.rows} rows are no whole "
                        f"registers of 128 lanes: use {128 // self.rows}")
     if self.lead < 0 or self.lag < 0:
-      raise ValueError(f"lead={self.lead}, lag={self.lag}: neither is less "
-                       "than 0")
+      raise ValueError(f"lead={self.lead}, lag={self.lag}: use 0 or more")
 
   def unfit(self, shape: Shape) -> str | None:
     """Why the kernel cannot do this with these sizes; None if it can."""
@@ -75,12 +74,15 @@ class BackwardBlocks:
   lanes: queries, of one head or several, scored together: 128 or 256.
   sub: of these, so many of a head where a narrow window is masked by the
     matrix unit: 16 to 128.
+  whole_tiles: whether the scores' keys are padded to multiples of 128 before
+    they are multiplied with queries and keys, instead of these being shifted.
   lead, lag: by how many items' scores the matrix unit is ahead of the softmax,
     and this ahead of the gradients.
   """
-  rows: int = 512
+  rows: int = 1024
   lanes: int = 256
-  sub: int = 32
+  sub: int = 64
+  whole_tiles: bool = False
   lead: int = 1
   lag: int = 1
 
@@ -134,5 +136,5 @@ def forward_blocks(shape: Shape, generation: str | None
 
 def backward_blocks(generation: str | None) -> BackwardBlocks:
   if generation in ("v4", "v5e", "v5p"):
-    return BackwardBlocks(lanes=128)
+    return BackwardBlocks(lanes=128, sub=32, whole_tiles=True)
   return BackwardBlocks()

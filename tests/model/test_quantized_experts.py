@@ -61,8 +61,9 @@ def logits_of(execution, params):
 def test_logits_equal_those_of_the_dequantized_model(kind, scan_layers):
   execution = Execution(scan_layers=scan_layers)
   quantized, plain = models(kind)
+  # MXFP4's even and odd inputs are summed apart.
   assert_close(logits_of(execution, quantized), logits_of(execution, plain),
-               1e-6)
+               1e-5 if kind == "mxfp4" else 1e-6)
 
 
 def cached_logits(execution, params):
@@ -88,12 +89,13 @@ def test_decode_equals_the_dequantized_model():
   assert_close(ours, logits_of(Execution(), quantized)[:, -3:], 1e-4)
 
 
-def test_decode_dequantizes_no_more_experts_than_rows(largest_array):
-  """The largest array of a step belongs to the rows' experts, not to all."""
+def test_decode_dequantizes_one_expert_at_a_time(largest_array):
+  """The largest array of a step is the even inputs of one expert, though
+  rows go to several."""
   params = per_layer(CONFIG, models("mxfp4")[0])
   cache = empty_cache(CONFIG, 1, LENGTH)
   step = functools.partial(forward_with_cache, CONFIG)
   size = largest_array(lambda *x: step(*x)[0], params, cache,
                        np.zeros((1, 1), int), np.full((1, 1), 7))
   expert = CONFIG.d_model * 2 * CONFIG.moe.expert.d_ff
-  assert size == PER_TOKEN * expert
+  assert size == expert // 2

@@ -260,7 +260,7 @@ def test_what_is_unsupported():
   assert "2^31" in gpu.unsupported(huge, huge, huge, None, Options(None, 1.0))
 
 
-# Name: N, K, H, window, soft_cap, sinks.
+# Name: N, K, H, window, sinks.
 MODELS = {
     "gpt-oss-20b sliding": (64, 8, 64, 128, True),
     "gpt-oss-20b full": (64, 8, 64, None, True),
@@ -297,14 +297,14 @@ def test_lowers_for_cuda_over_a_cache(model):
   module = lowered_for_cuda(
       functools.partial(
           cached_attention, window=window, scale=1.0,
-          sinks_N=jnp.ones(num_heads) if has_sinks else None,
-          implementation="pallas-gpu"),
+          sinks_N=jnp.ones(num_heads) if has_sinks else None),
       shape(2, num_heads, head_dim), own, own, cached, cached, *positions)
   assert "cached_attention" in module and "stablehlo.transpose" not in module
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model,dtype", [
+    *((model, "bfloat16") for model in MODELS),
+    ("gpt-oss-20b sliding", "float32"), ("head_dim 96", "float16")])
 def test_lowers_for_cuda_forward_and_backward(model, dtype):
   num_heads, num_kv_heads, head_dim, window, has_sinks = MODELS[model]
   shape = lambda heads: jax.ShapeDtypeStruct((2, 8192, heads, head_dim), dtype)
