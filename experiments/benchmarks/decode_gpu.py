@@ -14,7 +14,6 @@ tiny` is a gpt-oss small enough for a CPU.
 import argparse
 import dataclasses
 import functools
-import json
 import time
 
 import jax
@@ -22,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlm
-from experiments.benchmarks.kernels_gpu_experts import copy_rate, random_mxfp4
+from experiments.benchmarks.gpu_timing import copy_rate, report
+from experiments.benchmarks.kernels_gpu_experts import random_mxfp4
 from jaxlm.config import ModelConfig
 from jaxlm.decode import Sampling, decode, prefill, start
 from jaxlm.model.costs import cache_bytes
@@ -116,18 +116,17 @@ def main():
   flags = parser.parse_args()
   config = model(flags.preset, flags.layers)
   params = random_params(config)
-  copied = copy_rate(1 << (31 if jax.default_backend() == "gpu" else 26))
+  copied = copy_rate(flags.repeats)
   for batch in flags.batch:
     steps = steps_per_second(config, params, batch, flags.prompt, flags.new,
                              flags.repeats)
     needed = bytes_read(config, params, batch, flags.prompt + flags.new // 2)
-    print(json.dumps({
-        "figure": "decode, MXFP4 experts", "model": flags.preset,
-        "layers": config.num_layers, "batch": batch,
-        "tokens_per_second": round(batch * steps, 1),
-        "gb_per_step": round(needed / 1e9, 3),
-        "copy_gb_per_second": round(copied / 1e9, 1),
-        "of_bandwidth_bound": round(steps * needed / copied, 3)}), flush=True)
+    report(figure="decode, MXFP4 experts", model=flags.preset,
+           layers=config.num_layers, batch=batch,
+           tokens_per_second=round(batch * steps, 1),
+           gb_per_step=round(needed / 1e9, 3),
+           copy_gb_per_second=round(copied / 1e9, 1),
+           of_bandwidth_bound=round(steps * needed / copied, 3))
 
 
 if __name__ == "__main__":

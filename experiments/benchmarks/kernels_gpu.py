@@ -16,10 +16,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from experiments.benchmarks import kernels_gpu_attention
+from experiments.benchmarks import kernels_gpu_attention, kernels_gpu_experts
 from experiments.benchmarks.gpu_timing import copy_rate, report
 
-PARTS = {"attention": kernels_gpu_attention.run}
+PARTS = {"attention": kernels_gpu_attention.run,
+         "experts": kernels_gpu_experts.run}
 
 
 def main():

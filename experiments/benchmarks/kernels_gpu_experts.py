@@ -1,23 +1,22 @@
 """MXFP4 expert matmuls on a GPU, against its copies and its matmuls.
 
-  python -m experiments.benchmarks.kernels_gpu_experts [--models NAME ...]
+  python -m experiments.benchmarks.kernels_gpu experts
+  python -m experiments.benchmarks.kernels_gpu_experts --models tiny
 
 Both matmuls of a layer, random weights and router. Decode, 1 to 64 tokens: the
 packed bytes of the experts in use a second, as a fraction of the bytes that a
 large copy reads and writes in the same run. Prefill: FLOPs a second, as a
-fraction of a large bfloat16 matmul's. One JSON line per figure. Elsewhere than
-on a GPU `--models tiny` runs the same, interpreted.
+fraction of a large bfloat16 matmul's. The second form runs anywhere, where
+there is no GPU interpreted.
 """
 import argparse
 import functools
-import json
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks.gpu_timing import copy_rate, report, seconds
 from pallas_kernels.expert_matmul import expert_matmul
 from pallas_kernels.quant import MXFP4
 
@@ -34,28 +33,12 @@ DECODE, PREFILL = (1, 8, 16, 64), (4096, 16384)
 CALLS = 32
 
 
-def seconds(function, *args, repeats: int = 9) -> float:
-  """The median time of a call that is compiled already."""
-  jax.block_until_ready(function(*args))
-  times = []
-  for _ in range(repeats):
-    begin = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    times.append(time.perf_counter() - begin)
-  return statistics.median(times)
-
-
-def copy_rate(nbytes: int = 1 << 31) -> float:
-  """Bytes read and written a second when a large array is copied."""
-  x = jnp.zeros(nbytes // 4, jnp.float32)
-  return 2 * x.nbytes / seconds(jax.jit(lambda x: x + 1), x)
-
-
-def matmul_rate(size: int = 8192) -> float:
+def matmul_rate(repeats: int, size: int = 8192) -> float:
   """FLOPs a second of a square bfloat16 matmul of random numbers."""
   a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16)
           for i in range(2))
-  return 2 * size ** 3 / seconds(jax.jit(jnp.matmul), a, b)
+  multiply = jax.jit(jnp.matmul)
+  return 2 * size ** 3 / seconds(lambda: multiply(a, b), repeats)
 
 
 def random_mxfp4(key, *shape) -> MXFP4:
@@ -89,10 +72,10 @@ def layer(x_MD, weights, sizes_E, interpret: bool, limit):
   return run(h_MF, down, sizes_E, bias=down_bias, row_weights_M=row_weights_M)
 
 
-def timed(model: str, tokens: int, key) -> tuple[float, np.ndarray]:
+def timed(model: str, tokens: int, repeats: int) -> tuple[float, np.ndarray]:
   """Seconds of a layer's call, and the group sizes [CALLS, E]."""
   experts, each, d_model, d_expert, limit = MODELS[model]
-  keys, rows = jax.random.split(key, 6), tokens * each
+  keys, rows = jax.random.split(jax.random.key(0), 6), tokens * each
   interpret = jax.default_backend() != "gpu"
   normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
   x_MD = normal(keys[0], (rows, d_model))
@@ -110,38 +93,35 @@ def timed(model: str, tokens: int, key) -> tuple[float, np.ndarray]:
       return total + y_MD[0, 0].astype(jnp.float32)
     return jax.lax.fori_loop(0, len(sizes_CE), body, jnp.float32(0))
 
-  took = seconds(calls, x_MD, weights, sizes_CE,
-                 repeats=1 if interpret else 9)
+  took = seconds(lambda: calls(x_MD, weights, sizes_CE), repeats)
   return took / CALLS, sizes_CE
 
 
-def figures(models, key=None):
-  """Yields one dictionary for each model and number of tokens."""
-  key = jax.random.key(0) if key is None else key
-  tiny = jax.default_backend() != "gpu"
-  copied = copy_rate(1 << 24 if tiny else 1 << 31)
-  multiplied = matmul_rate(256 if tiny else 8192)
+def run(flags, copied: float, models=None):
+  """Prints one figure for each model and number of tokens."""
+  models = models or [name for name in MODELS if name != "tiny"]
+  multiplied = matmul_rate(flags.repeats, 256 if models == ["tiny"] else 8192)
   for model in models:
     experts, each, d_model, d_expert, _ = MODELS[model]
     values = 3 * d_model * d_expert  # of an expert
-    for tokens in (*DECODE, *((256,) if tiny else PREFILL)):
-      took, sizes_CE = timed(model, tokens, key)
+    for tokens in (*DECODE, *((256,) if model == "tiny" else PREFILL)):
+      took, sizes_CE = timed(model, tokens, flags.repeats)
       about = {"model": model, "tokens": tokens,
                "microseconds": round(took * 1e6, 1)}
       if tokens in DECODE:
         used = float(np.mean(np.sum(sizes_CE > 0, 1)))
         rate = used * values * 17 / 32 / took
-        yield {"figure": "mxfp4 experts, decode", **about,
-               "experts_used": round(used, 1),
-               "packed_gb_per_second": round(rate / 1e9, 1),
-               "copy_gb_per_second": round(copied / 1e9, 1),
-               "of_copy": round(rate / copied, 3)}
+        report(figure="mxfp4 experts, decode", **about,
+               experts_used=round(used, 1),
+               packed_gb_per_second=round(rate / 1e9, 1),
+               copy_gb_per_second=round(copied / 1e9, 1),
+               of_copy=round(rate / copied, 3))
       else:
         rate = 2 * tokens * each * values / took
-        yield {"figure": "mxfp4 experts, prefill", **about,
-               "tflops": round(rate / 1e12, 1),
-               "matmul_tflops": round(multiplied / 1e12, 1),
-               "of_matmul": round(rate / multiplied, 3)}
+        report(figure="mxfp4 experts, prefill", **about,
+               tflops=round(rate / 1e12, 1),
+               matmul_tflops=round(multiplied / 1e12, 1),
+               of_matmul=round(rate / multiplied, 3))
 
 
 def main():
@@ -150,8 +130,9 @@ def main():
       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   parser.add_argument("--models", nargs="+", choices=MODELS,
                       default=[name for name in MODELS if name != "tiny"])
-  for figure in figures(parser.parse_args().models):
-    print(json.dumps(figure), flush=True)
+  parser.add_argument("--repeats", type=int, default=9, help="runs timed")
+  flags = parser.parse_args()
+  run(flags, copy_rate(flags.repeats), flags.models)
 
 
 if __name__ == "__main__":

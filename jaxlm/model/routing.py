@@ -12,6 +12,10 @@ from jax import lax
 from jaxlm.config import MoEConfig, RouterConfig
 
 
+# So many rows, decode's, are sorted by comparing each with each.
+FEW_ROWS = 512
+
+
 class Routing(typing.NamedTuple):
   """The routed rows, sorted by expert.
 
@@ -121,13 +125,33 @@ def sort_by_expert(expert_TA, weight_TA, num_experts: int) -> Routing:
   """Token-choice routing as rows sorted by expert, tokens in order within."""
   num_rows, per_token = expert_TA.size, expert_TA.shape[1]
   expert_M = expert_TA.reshape(-1)
+  sort = _sort_few if num_rows <= FEW_ROWS else _sort_many
+  order_M, row_M, sizes_E = sort(expert_M, num_experts)
+  return Routing(order_M // per_token, weight_TA.reshape(-1)[order_M],
+                 sizes_E, row_M.reshape(expert_TA.shape))
+
+
+def _sort_many(expert_M, num_experts: int):
+  """The stable order by expert, its inverse, and the rows of each expert."""
   order_M = jnp.argsort(expert_M, stable=True)
-  row_M = jnp.zeros(num_rows, jnp.int32).at[order_M].set(
-      jnp.arange(num_rows, dtype=jnp.int32), unique_indices=True)
+  row_M = jnp.zeros(expert_M.shape, jnp.int32).at[order_M].set(
+      jnp.arange(len(expert_M), dtype=jnp.int32), unique_indices=True)
   end_E = jnp.searchsorted(expert_M[order_M], jnp.arange(num_experts),
                            side="right").astype(jnp.int32)
-  return Routing(order_M // per_token, weight_TA.reshape(-1)[order_M],
-                 jnp.diff(end_E, prepend=0), row_M.reshape(expert_TA.shape))
+  return order_M, row_M, jnp.diff(end_E, prepend=0)
+
+
+def _sort_few(expert_M, num_experts: int):
+  """The same by comparing all with all: on a GPU three small kernels, where
+  sorting and searching are a dozen and a loop that its host steers."""
+  m = jnp.arange(len(expert_M), dtype=jnp.int32)
+  mine, others = expert_M[:, None], expert_M
+  before = (others < mine) | ((others == mine) & (m < m[:, None]))
+  row_M = jnp.sum(before, 1, dtype=jnp.int32)
+  order_M = jnp.sum(jnp.where(row_M == m[:, None], m, 0), 1, dtype=jnp.int32)
+  sizes_E = jnp.sum(expert_M == jnp.arange(num_experts)[:, None], 1,
+                    dtype=jnp.int32)
+  return order_M, row_M, sizes_E
 
 
 def _expert_choice(config: MoEConfig, logits_TE) -> Routing:
