@@ -15,6 +15,7 @@ from pallas_kernels.windowed_attention.tpu_backward_scores import (
     LANES, UNSEEN, Plan)
 
 NARROW = 257  # the widest window of the narrow schedule
+WIDE_ROWS = 512  # at most, of the wide: the code of a step grows with them
 BLOCKS_BYTES = 16 << 20  # of VMEM for blocks of queries
 RING_BYTES = 10 << 20  # and for the sums of the wide schedule
 
@@ -22,7 +23,6 @@ RING_BYTES = 10 << 20  # and for the sums of the wide schedule
 def _gradients(q, k, v, do, lse, delta, segments, options, blocks):
   """Of arrays [B, K, (G,) H, positions], queries and keys at the same."""
   group, head_dim, length = q.shape[2:]
-  generation = platforms.tpu_generation()
   window = length if options.window is None else min(options.window, length)
   rows = min(blocks.rows, -(-length // LANES) * LANES)
   narrow = window <= NARROW
@@ -31,6 +31,7 @@ def _gradients(q, k, v, do, lse, delta, segments, options, blocks):
     rows = -(-rows // halo) * halo
   else:
     # Blocks of queries, twice, and their sums within a share of VMEM.
+    rows = min(rows, WIDE_ROWS)
     while rows > LANES and (
         group * head_dim * rows * (6 * q.dtype.itemsize + 4) > BLOCKS_BYTES):
       rows = max(LANES, rows // 2 // LANES * LANES)
@@ -46,16 +47,14 @@ def _gradients(q, k, v, do, lse, delta, segments, options, blocks):
 
   plan = Plan(window, options.scale, options.soft_cap, group, rows, LANES,
                math.gcd(group, blocks.lanes // LANES), blocks.lead, blocks.lag,
-               halo)
+               halo, blocks.lanes)
   if narrow:
     sub = LANES // math.gcd(group, LANES // blocks.sub)
-    depth = 256 if generation in ("v6e", "7x", None) else 128
     if (segments is None and options.soft_cap is None and options.scale > 0
-        and q.dtype == jnp.bfloat16 and head_dim + 2 * sub <= depth):
+        and q.dtype == jnp.bfloat16 and head_dim + 2 * sub <= blocks.lanes):
       heads = LANES // sub
       heads *= math.gcd(group // heads, blocks.lanes // LANES)
-      plan = plan._replace(sub=sub, heads=heads, mask_by_matmul=True,
-                           whole_tiles=blocks.whole_tiles)
+      plan = plan._replace(sub=sub, heads=heads, mask_by_matmul=True)
     gradients = tpu_backward_narrow.gradients(plan, *args)
   else:
     if plan.lanes < blocks.lanes and rows % blocks.lanes == 0:

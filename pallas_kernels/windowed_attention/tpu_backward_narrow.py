@@ -104,8 +104,7 @@ def _lanes_from(tile, start, end):
 
 def _kernel(*refs, plan, has_segments, interpreted):
   names = Names(refs)
-  q, do = (names.take(plan.rows // LANES) for _ in range(2))
-  lse, delta, k, v, k_before, v_before = names.take(6)
+  q, do, lse, delta, k, v, k_before, v_before = names.take(8)
   mask_left, mask_right = names.take(2, plan.mask_by_matmul)
   segments, segments_before = names.take(2, has_segments)
   dq, dk, dv, kt, vt, k_tiles, k_windows, dk_sum, dv_sum = names.take(9)
@@ -143,8 +142,17 @@ def _kernel(*refs, plan, has_segments, interpreted):
       turned[pl.ds(tile * x.shape[0], x.shape[0])] = x
 
   def pack(x, packed, column, first):
-    tiles = _swap([words(x[column])[0, 0, first + n]
-                   for n in range(plan.packed)])
+    at = pl.ds(column * LANES, LANES)
+    heads = range(first, first + plan.packed)
+    if plan.array == 128:
+      # These chips have no instruction that joins halves of two registers.
+      to = packed.at[column, first // plan.packed]
+      for n, head in enumerate(heads):
+        for row in range(0, to.shape[1], 4):
+          to[n, pl.ds(row, 4)] = words(x)[0, 0, head, pl.ds(row, 4), at]
+      tiles = _swap([to[n] for n in range(plan.packed)])
+    else:
+      tiles = _swap([words(x)[0, 0, head, :, at] for head in heads])
     for part, tile in enumerate(tiles):
       packed[column, first // plan.packed, part] = tile
 
@@ -175,7 +183,7 @@ def _kernel(*refs, plan, has_segments, interpreted):
   def queries(columns, packed, item):
     heads = range(item.heads, item.heads + plan.heads, plan.packed)
     return jnp.concatenate([
-        values(words(columns[item.column])[0, 0, head] if plan.packed == 1 else
+        values(words(columns)[0, 0, head, :, pl.ds(item.column * LANES, LANES)] if plan.packed == 1 else
                packed[item.column, head // plan.packed, item.part], dtype)
         for head in heads], 1)
 
@@ -262,14 +270,9 @@ def gradients(plan, q, k, v, do, lse, delta, segments, options):
                         lambda b, h, i: (b, h, 0, at(i)))
   before_spec = pl.BlockSpec((None, None, head_dim, halo),
                              lambda b, h, i: (b, h, 0, before(i)))
-  # By columns: a register's 16 rows of bfloat16 then lie together in VMEM.
   columns = rows // LANES
-  column_specs = [pl.BlockSpec(
-      (1, 1, group, head_dim, LANES),
-      lambda b, h, i, c=c: (b, h, 0, 0, at(i) * columns + c))
-                  for c in range(columns)]
-  args = [*[q] * columns, *[do] * columns, lse, delta, k, v, k, v]
-  in_specs = [*column_specs, *column_specs, row_spec, row_spec, k_spec, k_spec, before_spec,
+  args = [q, do, lse, delta, k, v, k, v]
+  in_specs = [q_spec, q_spec, row_spec, row_spec, k_spec, k_spec, before_spec,
               before_spec]
   depth = head_dim
   if plan.mask_by_matmul:

@@ -44,12 +44,19 @@ class Plan(typing.NamedTuple):
   lead: int  # items whose scores are asked for before one's are used
   lag: int
   before: int  # keys, or blocks of them, before a block, that it reaches
+  array: int  # width and depth of the matrix unit: 128 or 256
   mask_by_matmul: bool = False
-  whole_tiles: bool = False  # P and dS are padded to multiples of 128 keys
 
   @property
   def lanes(self):
     return self.sub * self.heads
+
+  @property
+  def whole_tiles(self):
+    """Whether P and dS are padded to multiples of 128 keys: what is gained in
+    pushing less into the matrix unit is not worth the shifts, where its
+    matmuls are the bound."""
+    return self.array == 128
 
   @property
   def packed(self):

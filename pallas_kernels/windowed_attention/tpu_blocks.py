@@ -71,19 +71,17 @@ class BackwardBlocks:
   """Sizes of the backward kernels' blocks.
 
   rows: queries, and keys, of a grid step, a multiple of 128.
-  lanes: queries, of one head or several, scored together: 128 or 256.
+  lanes: queries, of one head or several, scored together: 128 or 256, as wide
+    as the matrix unit's array.
   sub: of these, so many of a head where a narrow window is masked by the
     matrix unit: 16 to 128.
-  whole_tiles: whether the scores' keys are padded to multiples of 128 before
-    they are multiplied with queries and keys, instead of these being shifted.
   lead, lag: by how many items' scores the matrix unit is ahead of the softmax,
     and this ahead of the gradients.
   """
   rows: int = 1024
   lanes: int = 256
   sub: int = 64
-  whole_tiles: bool = False
-  lead: int = 1
+  lead: int = 2
   lag: int = 1
 
   def __post_init__(self):
@@ -136,5 +134,5 @@ def forward_blocks(shape: Shape, generation: str | None
 
 def backward_blocks(generation: str | None) -> BackwardBlocks:
   if generation in ("v4", "v5e", "v5p"):
-    return BackwardBlocks(lanes=128, sub=32, whole_tiles=True)
+    return BackwardBlocks(lanes=128, sub=32)
   return BackwardBlocks()
