@@ -55,8 +55,8 @@ class Blocks:
 
   sequences: rows of the batch. slots: of their caches; all of them in one step
   if they have no more. together: how many registers' rows each stage takes at
-  a time. skip: leaves out blocks past what the rows have filled, which libtpu's static
-  profiler cannot follow.
+  a time. skip: leaves out blocks past what the rows have filled, which libtpu's
+  static profiler cannot follow.
   """
   sequences: int
   slots: int
@@ -68,8 +68,8 @@ class _Plan(typing.NamedTuple):
   """What a kernel is compiled for.
 
   block: slots of a step. slots: of the cache, if the last block is not full.
-  columns: how many numbers
-  of a cached value are multiplied. shared: the values are the keys' first.
+  columns: how many numbers of a cached value are multiplied. shared: the
+  values are the keys' first. pack: sequences that share a register's lanes.
   """
   num_kv_heads: int
   v_head_dim: int
@@ -351,7 +351,7 @@ def call(plan: _Plan, interpret, *operands):
   out = jax.ShapeDtypeStruct((batch, rows, plan.v_head_dim), q_PHR.dtype)
   keys = plan.block + keys_and_values[0].shape[1]
   state = [pltpu.VMEM((plan.together, keys, packed_rows), jnp.float32),
-           pltpu.VMEM((plan.together, packed_rows, keys), keys_and_values[0].dtype)]
+           pltpu.VMEM((plan.together, packed_rows, keys), q_PHR.dtype)]
   if plan.steps > 1:
     state += [*[pltpu.VMEM((packs, 1, packed_rows), jnp.float32)] * 2,
               pltpu.VMEM((size, rows, plan.v_head_dim), jnp.float32),
