@@ -213,9 +213,9 @@ class Problem:
       return jnp.exp2(s * self.score_unit - offset)
     unit = np.float32(self.score_unit).view(np.uint32)
     return plgpu.elementwise_inline_asm(
-        "{ .reg .f32 x; fma.rn.f32 x, $1, 0f%08X, $2; "
+        "{ .reg .f32 x; neg.f32 x, $2; fma.rn.f32 x, $1, 0f%08X, x; "
         "ex2.approx.ftz.f32 $0, x; }" % unit,
-        args=[s, jnp.broadcast_to(-offset, s.shape)], constraints="=f,f,f",
+        args=[s, jnp.broadcast_to(offset, s.shape)], constraints="=f,f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(s.shape, s.dtype)])[0]
 
