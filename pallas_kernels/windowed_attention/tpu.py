@@ -45,7 +45,7 @@ def sequence_major(x_BNHT):
 def _blocks(options: Options) -> Blocks:
   blocks = Blocks() if options.blocks is None else options.blocks
   if not isinstance(blocks, Blocks):
-    raise ValueError(f"blocks={blocks!r}: this implementation takes "
+    raise ValueError(f"blocks={blocks!r}: use "
                      "windowed_attention.tpu_blocks.Blocks")
   return blocks
 

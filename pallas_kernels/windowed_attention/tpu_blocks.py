@@ -1,13 +1,22 @@
 """Sizes of the TPU kernels' blocks, and those found best per generation."""
 import dataclasses
+import typing
+
+
+class Shape(typing.NamedTuple):
+  """What the forward kernels' sizes depend on."""
+  num_queries: int
+  head_dim: int
+  group: int  # query heads of a key head
+  window: int | None
+  plain: bool  # no soft cap, no segments, no offset
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardBlocks:
-  """Sizes of the forward kernels' blocks.
+class RunningBlocks:
+  """Sizes of the kernel with a running softmax, for any window.
 
-  queries: positions of a grid step, a multiple of 128.
-  keys: of a grid step of the kernel with a running softmax; likewise.
+  queries, keys: positions of a grid step, multiples of 128.
   """
   queries: int = 512
   keys: int = 512
@@ -16,6 +25,45 @@ class ForwardBlocks:
     for name in ("queries", "keys"):
       if (size := getattr(self, name)) < 128 or size % 128:
         raise ValueError(f"{name}={size} of a block: use a multiple of 128")
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldBlocks:
+  """Sizes of the kernel for windows of a multiple of 128, without segments,
+  soft cap or offset.
+
+  queries: positions of a grid step, a multiple of the window.
+  rows: queries of a tile, 32, 64 or 128.
+  heads: query heads of a tile, which are rows * heads lanes.
+  lead, lag: tiles by which scores and output are apart from the softmax.
+  """
+  queries: int = 1024
+  rows: int = 128
+  heads: int = 1
+  lead: int = 2
+  lag: int = 1
+
+  def __post_init__(self):
+    if self.rows not in (32, 64, 128):
+      raise ValueError(f"rows={self.rows} of a tile: use 32, 64 or 128")
+    if self.heads < 1 or self.rows * self.heads % 128:
+      raise ValueError(f"{self.heads} heads of {self.rows} rows are no whole "
+                       f"registers of 128 lanes: use {128 // self.rows}")
+    if self.lead < 0 or self.lag < 0:
+      raise ValueError(f"lead={self.lead}, lag={self.lag}: use 0 or more")
+
+  def unfit(self, shape: Shape) -> str | None:
+    """Why the kernel cannot do this with these sizes; None if it can."""
+    if not shape.plain or shape.window is None or shape.window % 128:
+      return ("needs a window of a multiple of 128, and no segments, soft cap "
+              f"or offset; window={shape.window}: use RunningBlocks")
+    if self.queries % shape.window:
+      return (f"queries={self.queries} are no multiple of the window "
+              f"{shape.window}: use {shape.window}")
+    if shape.group % self.heads:
+      return (f"the {shape.group} query heads of a key head do not come in "
+              f"tiles of {self.heads}: use a divisor")
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +99,7 @@ class BackwardBlocks:
 @dataclasses.dataclass(frozen=True)
 class Blocks:
   """What `blocks=` takes; None stands for the default."""
-  forward: ForwardBlocks | None = None
+  forward: RunningBlocks | FoldBlocks | None = None
   backward: BackwardBlocks | None = None
 
 
@@ -64,12 +112,26 @@ def vmem_limit(generation: str | None) -> int | None:
   return VMEM_LIMIT.get(generation)
 
 
-def forward_blocks(blocks, num_queries, window) -> ForwardBlocks:
-  """Those given, or the default for so many queries."""
-  if blocks is not None:
-    return blocks
-  size = max(128, min(512, num_queries // 128 * 128))
-  return ForwardBlocks(size, size)
+def _up(size, unit):
+  return -(-size // unit) * unit
+
+
+def forward_blocks(shape: Shape, generation: str | None
+                   ) -> RunningBlocks | FoldBlocks:
+  """The best known."""
+  size = min(512, _up(shape.num_queries, 128))
+  running = RunningBlocks(size, size)
+  if shape.window is None or shape.window > 1024:
+    return running
+  queries = min(2048 if shape.head_dim <= 64 else 1024,
+                _up(shape.num_queries, 128))
+  heads = 2 if shape.group % 2 == 0 else 1
+  rows = 64 if generation in ("v4", "v5e", "v5p") and heads == 2 else 128
+  # More tiles of wide windows in flight would spill more than VMEM holds.
+  wide = (2, 1) if generation in ("v5e", "v6e") else (1, 1)
+  lead, lag = (3, 2) if shape.window <= 256 else wide
+  fold = FoldBlocks(_up(queries, shape.window), rows, heads, lead, lag)
+  return running if fold.unfit(shape) else fold
 
 
 def backward_blocks(generation: str | None) -> BackwardBlocks:
