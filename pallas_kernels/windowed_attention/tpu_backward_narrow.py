@@ -192,7 +192,8 @@ def _kernel(*refs, plan, has_segments, interpreted):
     heads = range(item.heads, item.heads + plan.heads, plan.packed)
     return jnp.concatenate([
         values(load(columns, head, pl.ds(item.column * LANES, LANES))
-               if plan.packed == 1 else packed[item.column, head // plan.packed, item.part], dtype)
+               if plan.packed == 1 else packed[
+                   item.column, head // plan.packed, item.part], dtype)
         for head in heads], 1)
 
   def add_dq(item, dq_HL):
