@@ -141,6 +141,14 @@ def _kernel(*refs, plan, has_segments, interpreted):
       x = turn(x, turned.shape[1])
       turned[pl.ds(tile * x.shape[0], x.shape[0])] = x
 
+  def load(x, head, at, first=0, count=None):
+    """Words of queries of a head."""
+    if interpreted:  # the interpreter has no references to words
+      found = words(x[0, 0, head, :, at])
+      return found if count is None else found[first:first + count]
+    rows = slice(None) if count is None else pl.ds(first, count)
+    return words(x)[0, 0, head, rows, at]
+
   def pack(x, packed, column, first):
     at = pl.ds(column * LANES, LANES)
     heads = range(first, first + plan.packed)
@@ -149,10 +157,10 @@ def _kernel(*refs, plan, has_segments, interpreted):
       to = packed.at[column, first // plan.packed]
       for n, head in enumerate(heads):
         for row in range(0, to.shape[1], 4):
-          to[n, pl.ds(row, 4)] = words(x)[0, 0, head, pl.ds(row, 4), at]
+          to[n, pl.ds(row, 4)] = load(x, head, at, row, 4)
       tiles = _swap([to[n] for n in range(plan.packed)])
     else:
-      tiles = _swap([words(x)[0, 0, head, :, at] for head in heads])
+      tiles = _swap([load(x, head, at) for head in heads])
     for part, tile in enumerate(tiles):
       packed[column, first // plan.packed, part] = tile
 
@@ -183,14 +191,15 @@ def _kernel(*refs, plan, has_segments, interpreted):
   def queries(columns, packed, item):
     heads = range(item.heads, item.heads + plan.heads, plan.packed)
     return jnp.concatenate([
-        values(words(columns)[0, 0, head, :, pl.ds(item.column * LANES, LANES)] if plan.packed == 1 else
-               packed[item.column, head // plan.packed, item.part], dtype)
+        values(load(columns, head, pl.ds(item.column * LANES, LANES))
+               if plan.packed == 1 else packed[
+                   item.column, head // plan.packed, item.part], dtype)
         for head in heads], 1)
 
   def add_dq(item, dq_HL):
     def store(head, tile):
       at = pl.ds(item.column * LANES, LANES)
-      if interpreted:  # the interpreter cannot write to words
+      if interpreted:  # as in load
         dq[0, 0, head, :, at] = values(tile, dtype)
       else:
         words(dq)[0, 0, head, :, at] = tile
