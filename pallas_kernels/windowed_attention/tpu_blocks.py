@@ -4,7 +4,7 @@ import typing
 
 
 class Shape(typing.NamedTuple):
-  """What the forward pass's sizes depend on."""
+  """What the forward kernels' sizes depend on."""
   num_queries: int
   head_dim: int
   group: int  # query heads of a key head
@@ -96,6 +96,8 @@ def forward_blocks(shape: Shape, generation: str | None
                 _up(shape.num_queries, 128))
   heads = 2 if shape.group % 2 == 0 else 1
   rows = 64 if generation in ("v4", "v5e", "v5p") and heads == 2 else 128
-  lead, lag = (3, 2) if shape.window <= 256 else (1, 1)
+  # More tiles of wide windows in flight would spill more than VMEM holds.
+  wide = (2, 1) if generation in ("v5e", "v6e") else (1, 1)
+  lead, lag = (3, 2) if shape.window <= 256 else wide
   fold = FoldBlocks(_up(queries, shape.window), rows, heads, lead, lag)
   return running if fold.unfit(shape) else fold
