@@ -139,7 +139,7 @@ def _pairs(weights: MXFP4Pairs, columns: int, dtype, transposed: bool,
   packed = packed and dtype == jnp.bfloat16
   if transposed:
     rows, width, axis = columns, lanes, 1
-    groups = min(columns // BLOCK, groups)
+    groups = min(-(-columns // 1024) * 32, groups)  # whole tiles of bytes
   else:
     rows, width, axis = depth, columns, 2
   blocks = (((1, rows // 8, width), axis), ((1, groups, width), axis))
