@@ -1,6 +1,10 @@
 """Fixtures: what a function computes, seen by its jaxpr; quick compiling."""
 import functools
 import math
+import os
+
+# libtpu, which is here to compile, must not look for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal

@@ -62,25 +62,23 @@ def _mesh(generation: str) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(np.array(devices[:1]), ("x",))
 
 
-def compile_for(generation: str, function, *arguments, **jit_options):
-  """`function` compiled for one device, whose arguments may be anything with
-  a shape and a dtype, in the layout given if they are `jax.ShapeDtypeStruct`s
-  with a `Format`'s layout as `sharding`."""
+def lower_for(generation: str, function, *arguments):
+  """`function` lowered for one device; arguments may be anything with a shape
+  and a dtype. `.compile()` compiles it."""
   mesh = _mesh(generation)
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=sharding), arguments)
   # Kernels ask for the chip while they are lowered.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    return jax.jit(function, out_shardings=sharding, **jit_options).lower(
-        *arguments).compile()
+    return jax.jit(function, out_shardings=sharding).lower(*arguments)
 
 
 def estimate(generation: str, jobs: list[tuple[str, dict]]) -> list[dict]:
   """For each job {"cycles": by kernel}, or {"error": what libtpu said}.
 
   A job names a function, "module:function", and gives keyword arguments; it
-  returns what `compile_for` takes after the generation.
+  returns what `lower_for` takes after the generation.
   """
   results = []
   while len(results) < len(jobs):
@@ -126,7 +124,7 @@ def main():
     module, function = name.split(":")
     job = getattr(importlib.import_module(module), function)(**kwargs)
     try:
-      compile_for(generation, *job)
+      lower_for(generation, *job).compile()
       result = {"cycles": _read_cycles(directory)}
     except Exception as error:  # the compiler's, of many kinds
       result = {"error": f"{type(error).__name__}: {error}"[:400]}

@@ -136,7 +136,8 @@ def _matmul(x_MK, weights, group_sizes_E, bias_EF, row_weights_M, options, *,
   visits = schedule.visits(group_sizes_E, num_rows, tile.rows, large_E=large_E)
   tiles = -(-_all_columns(weights, transposed) // tile.columns)
   weights = operand(weights, tile.columns, x_MK.dtype, transposed=transposed,
-                    packed=generation.packed)
+                    packed=generation.packed,
+                    interpreted=bool(options.interpret))
   return tpu_matmul.matmul(x_MK, weights, outputs, visits, plan, tiles=tiles,
                            bias_EN=bias_EF, row_weights_M=row_weights_M)
 

@@ -62,14 +62,14 @@ class Operand:
   output_scales_EN: typing.Any = None
 
 
-def operand(weights, columns: int, dtype, *, transposed: bool,
-            packed: bool) -> Operand:
+def operand(weights, columns: int, dtype, *, transposed: bool, packed: bool,
+            interpreted: bool) -> Operand:
   """Weights [E, D, F], or [E, F, D] if transposed, in tiles of `columns`.
 
   packed: the vector unit multiplies bfloat16.
   """
   if isinstance(weights, MXFP4Pairs):
-    return _pairs(weights, columns, dtype, transposed, packed)
+    return _pairs(weights, columns, dtype, transposed, packed, interpreted)
   if isinstance(weights, Int8):
     scales = weights.channel_scales
     return dataclasses.replace(
@@ -132,7 +132,7 @@ def _fill_fp8(refs, scratch, cache, start, end, tile, *, transposed):
 
 
 def _pairs(weights: MXFP4Pairs, columns: int, dtype, transposed: bool,
-           packed: bool) -> Operand:
+           packed: bool, interpreted: bool) -> Operand:
   lanes = weights.pairs.shape[-1]
   depth = weights.pairs.shape[-2] * 8
   groups = weights.pair_scales.shape[-2]
@@ -147,7 +147,8 @@ def _pairs(weights: MXFP4Pairs, columns: int, dtype, transposed: bool,
       (weights.pairs, weights.pair_scales), blocks, transposed, (rows, width),
       (((groups, width), jnp.int32),),
       functools.partial(_prepare_pairs, packed=packed),
-      functools.partial(_fill_pairs, transposed=transposed, packed=packed),
+      functools.partial(_fill_pairs, transposed=transposed, packed=packed,
+                        interpreted=interpreted),
       _fill_pairs_exactly)
 
 
@@ -169,22 +170,29 @@ def _values(words):
                for x in (words & mask, second))
 
 
-def _fill_pairs(refs, scratch, cache, start, end, tile, *, transposed, packed):
+def _eight_times(ref, row: int, interpreted: bool):
+  """A row, eight times: one load, but the interpreter knows no stride 0."""
+  if interpreted:
+    return jnp.broadcast_to(ref[row:row + 1, :], (8, ref.shape[1]))
+  return ref[pl.ds(row, 8, stride=0), :]
+
+
+def _fill_pairs(refs, scratch, cache, start, end, tile, *, transposed, packed,
+                interpreted):
   if transposed:  # every pair has all of the depth
     start, end = 0, cache.shape[0]
-  scales, width = scratch[0], cache.shape[1]
+  scales = scratch[0]
   for pair in range(start // PAIR, -(-end // PAIR)):
     for i, values in enumerate(_values(refs[0][0, 8 * pair:8 * pair + 8, :])):
       block, row = 2 * pair + i, PAIR * pair + BLOCK * i
-      scale = scales[block:block + 1, :]
       if packed:
-        scale = pltpu.bitcast(jnp.broadcast_to(scale, (8, width)),
+        scale = pltpu.bitcast(_eight_times(scales, block, interpreted),
                               jnp.bfloat16)
         values = values.astype(jnp.bfloat16)
         for half in range(0, BLOCK, 16):
           cache[row + half:row + half + 16, :] = values[half:half + 16] * scale
       else:
-        w = values.astype(jnp.float32) * _float(scale)
+        w = values.astype(jnp.float32) * _float(scales[block:block + 1, :])
         cache[row:row + BLOCK, :] = w.astype(cache.dtype)
 
 

@@ -84,9 +84,13 @@ class _Plan(typing.NamedTuple):
   pack: int
   together: int
   skip: bool
+  interpreted: bool
 
 
-def _matmul(a, b):
+def _matmul(plan: _Plan, a, b):
+  if plan.interpreted:
+    # The products are the same, and a CPU knows not all of bfloat16's.
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return jnp.dot(a, b, precision=precision,
                  preferred_element_type=jnp.float32)
@@ -98,7 +102,7 @@ def _scores(plan: _Plan, q_HR, k_own_TI, k_SI):
   head = lax.broadcasted_iota(jnp.int32, (1, rows), 1) // (rows // heads)
   q_IR = jnp.concatenate([jnp.where(head == h, q_HR, jnp.zeros_like(q_HR))
                           for h in range(heads)], 0)
-  s = _matmul(jnp.concatenate([k_SI, k_own_TI], 0), q_IR)
+  s = _matmul(plan, jnp.concatenate([k_SI, k_own_TI], 0), q_IR)
   if plan.soft_cap is None:
     return s * (plan.scale * LOG2E)
   return jnp.tanh(s * (plan.scale / plan.soft_cap)) * (plan.soft_cap * LOG2E)
@@ -128,7 +132,7 @@ def _values(plan: _Plan, p_RS, v_own_TI, v_SI, first_slot):
   if plan.slots is not None:
     slot = first_slot + lax.broadcasted_iota(jnp.int32, (v_SI.shape[0], 1), 0)
     v_SI = jnp.where(slot < plan.slots, v_SI, jnp.zeros_like(v_SI))
-  o_RI = _matmul(p_RS.astype(v_SI.dtype),
+  o_RI = _matmul(plan, p_RS.astype(v_SI.dtype),
                  jnp.concatenate([v_SI, v_own_TI], 0))
   size = o_RI.shape[0] // plan.num_kv_heads
   return jnp.concatenate([
@@ -285,7 +289,7 @@ def make_plan(q_BTNH, k_BSKH, v_BSKH, options) -> _Plan:
       head_dim if shared and num_kv_heads > 1 else v_head_dim,
       blocks.sequences, block, steps, slots if slots % block else None, shared,
       options.scale, options.soft_cap, pack, together,
-      blocks.skip and steps > 1)
+      blocks.skip and steps > 1, bool(options.interpret))
 
 
 def _pack(rows: int, sequences: int, width: int) -> int:

@@ -104,7 +104,7 @@ class Blocks:
 
 
 # Of a core's VMEM (128 MiB on v5e and v6e, else 64), what a kernel may use.
-VMEM_LIMIT = {"v5e": 96 << 20, "v6e": 96 << 20, "v5p": 44 << 20,
+VMEM_LIMIT = {"v5e": 64 << 20, "v6e": 64 << 20, "v5p": 44 << 20,
               "7x": 36 << 20}
 
 
