@@ -227,7 +227,8 @@ class MLPConfig:
     _positive(self, "d_ff", "swiglu_limit")
     _one_of(self, "activation", ACTIVATIONS)
     _require(self.gated or not self.interleaved,
-             "interleaved=True needs gated=True: there is no gate to interleave")
+             "interleaved=True needs gated=True: there is no gate to "
+             "interleave")
     _require(self.gated or self.activation != "clamped_swiglu",
              "activation='clamped_swiglu' needs gated=True")
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes
 from jaxlm.convert.tensors import FLOATS, Tensor
-from pallas_kernels.quant import (FORMATS, QuantizationError, quantization_error,
-                         quantized_leaves)
+from pallas_kernels.quant import (FORMATS, QuantizationError,
+                                  quantization_error, quantized_leaves)
 
 _EXPERTS = re.compile(r"layers/\d+/moe/(gate_up|up|down)")
 

@@ -46,7 +46,8 @@ class Operand:
   scratch: shapes and dtypes of memory `prepare` fills for `fill`.
   prepare(refs, scratch): once a tile.
   fill(refs, scratch, cache, start, end, tile): that depth of the tile.
-  fill_exact(refs, scratch, cache): all of the tile, for scales `fill` is wrong for.
+  fill_exact(refs, scratch, cache): all of the tile, for scales that `fill` is
+    wrong for.
   input_scales_EK, output_scales_EN: by which the other operand and the
     result are multiplied.
   """

@@ -1,4 +1,4 @@
-"""Expert matmuls as loops over tiles of weights and blocks of rows, for the CPU.
+"""Expert matmuls as loops over tiles of weights and blocks of rows, for CPUs.
 
 `jax.lax.ragged_dot` on the CPU multiplies every row by every expert. Here one
 loop runs over the experts that have rows and, of each, over tiles of its

@@ -1,8 +1,8 @@
 """Quantized weights as leaves of the parameters."""
 from pallas_kernels.quant.fp8 import FP8
 from pallas_kernels.quant.int8 import Int8
-from pallas_kernels.quant.leaf import (QuantizationError, Quantized, is_quantized,
-                              quantization_error)
+from pallas_kernels.quant.leaf import (QuantizationError, Quantized,
+                                       is_quantized, quantization_error)
 from pallas_kernels.quant.mxfp4 import MXFP4
 from pallas_kernels.quant.mxfp4_pairs import MXFP4Pairs
 

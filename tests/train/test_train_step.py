@@ -17,8 +17,8 @@ from jaxlm.train.step import check_together
 import toy_training as toy
 
 # Adam divides by the gradient's own size, which hides what the gradient is;
-# this large eps leaves a step proportional to it; the rate makes the steps large
-# beside the rounding of the parameters that they are read from.
+# this large eps leaves a step proportional to it; the rate makes the steps
+# large beside the rounding of the parameters that they are read from.
 PLAIN = OptimizerConfig(learning_rate=10.0, eps=1e3, b1=0.0, b2=0.0,
                         weight_decay=0.0, clip_norm=0.0)
 TRAIN = TrainConfig(steps=50, batch_size=4, seq_len=toy.SEQ_LEN,
