@@ -14,7 +14,7 @@ from jaxlm.convert.gguf_config import hf_config
 from jaxlm.convert.gguf_file import read_file
 from jaxlm.lm import load, save
 from jaxlm.model.transformer import Execution
-from pallas_kernels.quant import MXFP4
+from pallas_kernels.quant import MXFP4, is_quantized
 from reference_models import (CASES, our_logits, quick_jit,
                               relative_difference)
 
@@ -25,8 +25,11 @@ TOKENS = np.random.default_rng(1).integers(0, 101, (2, 151))
 @torch.no_grad()
 def assert_same_logits(lm, model):
   theirs = model(torch.tensor(TOKENS), use_cache=False).logits.numpy()
-  execution = Execution(scan_layers=False, attention="reference",
-                        experts="ragged")  # quick to compile
+  packed = any(map(is_quantized, jax.tree.leaves(lm.params,
+                                                 is_leaf=is_quantized)))
+  execution = Execution(
+      scan_layers=False, attention="reference",
+      experts="auto" if packed else "ragged")  # which is quick to compile
   ours = quick_jit(functools.partial(our_logits, lm.config,
                                      execution=execution))
   assert relative_difference(ours(lm.params, TOKENS), theirs) < 1e-4
