@@ -35,6 +35,9 @@ def unsupported(x_MD, weights, options) -> str | None:
 
 def matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, options):
   """[M, D] by [E, D, F] to [M, F], or [M, F / 2] after SwiGLU."""
+  if _flat(weights):
+    return finish(_flat_matmul(x_MD, weights, group_sizes_E, bias_EF),
+                  row_weights_M, swiglu_limit=options.swiglu_limit)
   num_rows, (num_experts, dim_in, dim) = len(x_MD), weights.shape
   ratio = 1 if options.swiglu_limit is None else 2
   block = _block_rows(num_rows, num_experts)
@@ -77,6 +80,8 @@ def matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, options):
 
 def input_gradient(dy_MF, weights, group_sizes_E, options):
   """[M, F] by [E, D, F] transposed to [M, D]."""
+  if _flat(weights):
+    return _flat_matmul(dy_MF, weights, group_sizes_E, transposed=True)
   num_rows, (num_experts, dim, dim_out) = len(dy_MF), weights.shape
   block = _block_rows(num_rows, num_experts)
   tile_size = _tile_size(_GRADIENT_TILE, dim, dim_out)
@@ -106,6 +111,39 @@ def input_gradient(dy_MF, weights, group_sizes_E, options):
   zeros = tiles.split(jnp.zeros((num_rows, dim), jnp.float32))
   return tiles.join(_for_each_tile(tiles, group_sizes_E, tile_size, tile,
                                    zeros)).astype(dtype)
+
+
+def _flat(weights) -> bool:
+  return not is_quantized(weights) and weights.dtype == jnp.float32
+
+
+def _flat_matmul(x_MD, weights, group_sizes_E, bias_EF=None, *,
+                 transposed=False):
+  """float32 arrays, whole experts at a time: there is nothing to unpack, and
+  one loop over the blocks of all of them is faster where rows are few."""
+  num_rows = len(x_MD)
+  num_experts, dim = weights.shape[0], weights.shape[1 if transposed else 2]
+  block = _block_rows(num_rows, num_experts)
+  expert, first, end, used = _blocks(group_sizes_E, num_rows, block)
+
+  def body(i, y_MF):
+    weight = lax.dynamic_index_in_dim(weights, expert[i], 0, False)
+    at = jnp.minimum(first[i], num_rows - block)
+
+    def compute(size):
+      row = jnp.minimum(first[i], num_rows - size)
+      y = _dot(lax.dynamic_slice_in_dim(x_MD, row, size, 0), weight,
+               1 if transposed else 0)
+      return _placed(y, row - at, block)
+
+    # Of few rows all: a branch would be given a copy of the weights.
+    y = (compute(block) if block <= 8
+         else _at_size(block, end[i] - first[i], compute))
+    if bias_EF is not None:
+      y += lax.dynamic_index_in_dim(bias_EF, expert[i], 0).astype(y.dtype)
+    return _merge(y_MF, y, at, 0, first[i], end[i])
+
+  return lax.fori_loop(0, used, body, jnp.zeros((num_rows, dim), x_MD.dtype))
 
 
 class _Tiles:
