@@ -19,7 +19,7 @@ SIZES = {
     "attention_backward": {"rows": (512, 1024), "lanes": (128, 256),
                            "sub": (32, 64, 128), "lead": (1, 2),
                            "lag": (1, 2)},
-    "decode": {"sequences": (2, 4, 8, 16), "lead": (1, 2, 3)},
+    "decode": {"sequences": (4, 8, 16), "together": (1, 2, 4)},
     "experts": {"columns": (640, 1152, 1920, 2944), "depth": (128, 256, 512)},
 }
 

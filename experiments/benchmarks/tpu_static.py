@@ -122,8 +122,8 @@ def main():
     for path in directory.iterdir():
       path.unlink()
     module, function = name.split(":")
-    job = getattr(importlib.import_module(module), function)(**kwargs)
     try:
+      job = getattr(importlib.import_module(module), function)(**kwargs)
       lower_for(generation, *job).compile()
       result = {"cycles": _read_cycles(directory)}
     except Exception as error:  # the compiler's, of many kinds

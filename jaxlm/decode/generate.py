@@ -261,7 +261,7 @@ def _validate(config, tokens_BT, lengths_B, max_new_tokens, stop_tokens):
            f"{max_new_tokens} need {needed} positions, but the model has "
            f"{config.max_positions}: shorten one of them")
   outside = [token for token in stop_tokens
-              if not 0 <= token < config.vocab_size]
+             if not 0 <= token < config.vocab_size]
   _require(not outside, f"stop_tokens {outside} are outside the vocabulary of "
            f"{config.vocab_size}")
   _require(config.moe is None or config.moe.router.kind != "expert_choice",

@@ -9,8 +9,8 @@ from jaxlm.config import MoEConfig
 from jaxlm.model.layers import fan_in, weight
 from jaxlm.model.mlp import MLP, activate, mlp_weights
 from jaxlm.model.routing import Routing, RouterOutput, route
-from pallas_kernels.quant import is_quantized
 from pallas_kernels.expert_matmul import expert_matmul
+from pallas_kernels.quant import is_quantized
 
 
 @jax.custom_vjp

@@ -2,7 +2,8 @@
 
 `jax.lax.ragged_dot` on the CPU multiplies every row by every expert. Here one
 loop runs over the experts that have rows and, of each, over tiles of its
-outputs; inside it one over blocks of its rows. Cost follows the rows, whatever
+outputs; inside it one over blocks of its rows. (float32 arrays, of which
+nothing is to be unpacked, take one flat loop over all blocks instead.) Cost follows the rows, whatever
 the number of experts, and an expert without rows is not read. What keeps the
 loops near the speed of a large matmul:
 

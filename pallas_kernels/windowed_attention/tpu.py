@@ -9,7 +9,7 @@ layout, so the transposes here need cost nothing.
 """
 import jax.numpy as jnp
 
-from pallas_kernels.windowed_attention import tpu_forward
+from pallas_kernels.windowed_attention import tpu_backward, tpu_forward
 from pallas_kernels.windowed_attention.options import Options
 from pallas_kernels.windowed_attention.tpu_blocks import Blocks
 
@@ -61,7 +61,6 @@ def forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS, options: Options):
 def backward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS, o_BTNH, lse_BNT,
              do_BTNH, options: Options):
   """Gradients of q, k, v and (float32) the sinks, or None without sinks."""
-  from pallas_kernels.windowed_attention import tpu_backward
   q, k, v, o, do = map(sequence_minor,
                        (q_BTNH, k_BSKH, v_BSKH, o_BTNH, do_BTNH))
   *gradients, dsinks_N = tpu_backward.backward(

@@ -48,6 +48,11 @@ def test_shares_follow_from_the_cycles():
 
 
 @pytest.mark.parametrize("name", kernels_tpu.CASES)
-def test_sizes_to_search_include_none_twice(name):
+def test_sizes_to_search_are_known_and_none_twice(name):
   tried = search_blocks.candidates(name)
   assert len({json.dumps(sizes) for sizes in tried}) == len(tried) > 3
+  case = kernels_tpu.CASES[name]
+  options = case.options | {"blocks": tried[-1]}
+  if case.grown:
+    options |= {case.grown[0]: case.grown[1]}
+  getattr(kernels_tpu, case.job)(**options)  # refuses sizes it does not know
