@@ -61,9 +61,10 @@ def logits_of(execution, params):
 def test_logits_equal_those_of_the_dequantized_model(kind, scan_layers):
   execution = Execution(scan_layers=scan_layers)
   quantized, plain = models(kind)
-  # MXFP4's even and odd inputs are summed apart.
+  # MXFP4's even and odd inputs are summed apart. Changing every parameter's
+  # last bit moves these logits by 1e-5 to 3e-5 (one token is that sensitive).
   assert_close(logits_of(execution, quantized), logits_of(execution, plain),
-               4e-6 if kind == "mxfp4" else 1e-6)
+               1e-5 if kind == "mxfp4" else 1e-6)
 
 
 def cached_logits(execution, params):
