@@ -81,7 +81,7 @@ class Attention(nn.Module):
     y_BTD = (o_BTNH.reshape(*o_BTNH.shape[:2], -1)
              @ w_NHD.astype(o_BTNH.dtype).reshape(-1, d_model))
     if "o" in config.biases:
-      bias = weight(self, "o_bias", (d_model,), ("embed",),
+      bias = weight(self, "o_bias", (d_model,), ("norm",),
                     nn.initializers.zeros)
       y_BTD += bias.astype(y_BTD.dtype)
     return y_BTD

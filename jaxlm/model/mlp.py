@@ -38,12 +38,13 @@ def mlp_weights(module: nn.Module, config: MLPConfig, d_model: int,
   `gate_up` when gated, `up` otherwise.
   """
   e_axis = ("expert",) * len(experts)
+  embed = "expert_embed" if experts else "embed"
   width = config.d_ff * (2 if config.gated else 1)
   name = "gate_up" if config.gated else "up"
   first = weight(module, name, (*experts, d_model, width),
-                 (*e_axis, "embed", "mlp"), fan_in())
+                 (*e_axis, embed, "mlp"), fan_in())
   down = weight(module, "down", (*experts, config.d_ff, d_model),
-                (*e_axis, "mlp", "embed"), fan_in(residual_scale))
+                (*e_axis, "mlp", embed), fan_in(residual_scale))
   if not config.bias:
     return first, None, down, None
   zeros = nn.initializers.zeros
@@ -52,7 +53,7 @@ def mlp_weights(module: nn.Module, config: MLPConfig, d_model: int,
                  (*e_axis, "mlp"), zeros),
           down,
           weight(module, "down_bias", (*experts, d_model),
-                 (*e_axis, "embed"), zeros))
+                 (*e_axis, "norm"), zeros))
 
 
 class MLP(nn.Module):

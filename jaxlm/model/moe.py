@@ -102,7 +102,7 @@ class MoE(nn.Module):
     """Logits in float32, and what else the router's kind needs."""
     config, shape = self.config.router, (x_TD.shape[1], self.config.num_experts)
     x_TD = x_TD.astype(jnp.float32)
-    axes, zeros = ("embed", "expert"), nn.initializers.zeros
+    axes, zeros = ("embed", "router"), nn.initializers.zeros
     router = weight(self, "router", shape, axes, fan_in())
     inputs = {"logits_TE": x_TD @ router.astype(jnp.float32)}
     if config.bias:

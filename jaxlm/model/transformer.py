@@ -47,12 +47,16 @@ class Execution:
   for all layers of a run (quick to compile), or one for each (faster on the
   CPU). attention, experts: the implementations of `pallas_kernels`' two
   operations.
+
+  Under a mesh: fsdp says that weights are split over the axes of the batch
+  too, and gathered as they are used (else they stay, as decoding wants).
   """
   dtype: str = "float32"
   remat: str = "none"
   scan_layers: bool = True
   attention: str = "auto"
   experts: str = "auto"
+  fsdp: bool = True
 
   def __post_init__(self):
     if self.remat not in REMAT_POLICIES:
