@@ -10,6 +10,9 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 import pytest
 
+# For what is split over devices; all else runs on the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
+
 
 def _inner(eqn):
   """The jaxprs inside an equation: a call's, a loop's, the branches'."""
