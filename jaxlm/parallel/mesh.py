@@ -39,7 +39,7 @@ RULES = {
 # Where weights stay as they are used, as in decoding, which reads each weight
 # once for few tokens: gathering would cost more than all else.
 RESIDENT = {**RULES, "embed": None, "expert_embed": None,
-            "vocab": ("expert", "tensor")}
+            "vocab": ("tensor", "expert")}
 
 
 def rules(fsdp: bool = True) -> dict[str, tuple[str, ...] | None]:
@@ -107,6 +107,11 @@ def current():
   return None if mesh.empty else mesh
 
 
+def unset():
+  """A context in which no mesh is set, to trace what is not split by hand."""
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 def axis_size(*names: str) -> int:
   """Devices along these axes of the mesh that is set; 1 without."""
   mesh = current()
@@ -143,17 +148,18 @@ def check_divides(what: str, shape, axes, mesh, fsdp: bool = True) -> None:
     if size % parts:
       over = " x ".join(f"{name}={mesh.shape[name]}" for name in names
                         if mesh.shape[name] > 1)
-      fits = [n for n in range(1, min(size, 2 * parts) + 1) if size % n == 0]
       raise ValueError(
           f"{what}: {axis}={size} does not divide over the mesh's {over}: "
-          f"use {_listed(fits)}" + (" devices in all" if len(names) > 1
-                                    else ""))
+          f"use {_divisors_near(size, parts)}"
+          + (" devices in all" if len(names) > 1 else ""))
 
 
-def _listed(numbers) -> str:
-  numbers = [str(n) for n in numbers[-8:]]
-  return " or ".join([", ".join(numbers[:-1]), numbers[-1]]
-                     if len(numbers) > 1 else numbers)
+def _divisors_near(size: int, parts: int) -> str:
+  """Up to six divisors, as text."""
+  divisors = [n for n in range(1, size + 1) if size % n == 0]
+  divisors.sort(key=lambda n: abs(math.log(n / parts)))
+  *rest, last = map(str, sorted(divisors[:6]))
+  return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def named_sharding(mesh, what: str, shape, axes, fsdp: bool = True):
@@ -204,6 +210,17 @@ def vary(x, axes: Iterable[str] | None = None):
     return jax.lax.pcast(leaf, tuple(n for n in AXES if n in missing),
                          to="varying") if missing else leaf
   return jax.tree.map(visit, x)
+
+
+def gather(x, axis: int, logical: str, fsdp: bool = True):
+  """Inside `manual`: all of an axis of x, of which each device has a part.
+
+  One axis of the mesh after the other, fewest bytes first: XLA turns a gather
+  over all devices of some slices into an all-reduce, of twice the bytes.
+  """
+  for name in reversed(rules(fsdp)[logical] or ()):
+    x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+  return x
 
 
 def varying(x) -> frozenset[str]:
