@@ -1,11 +1,16 @@
 """Several processes that run one program, each with its own devices."""
+import atexit
 import json
 import os
+import subprocess
 import sys
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+
+_REMEDY = "Start all of them again: the run goes on from its last checkpoint"
+_witness = None
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None,
@@ -41,6 +46,29 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
   # other; exchanges of both may then meet in another order elsewhere, and wait
   # for each other forever.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
+  if jax.process_count() > 1:
+    _leave_last_words()
+
+
+def _leave_last_words() -> None:
+  """Says what to do if this process is killed, or ended by jax because another
+  one was lost: neither leaves Python time to say it."""
+  global _witness
+  _witness = subprocess.Popen(
+      ["sh", "-c", 'read -r goodbye || printf "%s\n" "$0" >&2',
+       f"error: {_who()} was ended from outside, most likely because another "
+       f"process was lost: see what that one said last. {_REMEDY}"],
+      stdin=subprocess.PIPE, start_new_session=True)
+  atexit.register(_say_goodbye)
+
+
+def _say_goodbye() -> None:
+  if _witness is not None and not _witness.stdin.closed:
+    _witness.communicate(b"goodbye\n")
+
+
+def _who() -> str:
+  return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def is_main() -> bool:
@@ -66,16 +94,15 @@ def everyone(value) -> list:
 
 def lost(error: Exception) -> str:
   """What to say when a computation of all processes failed in this one."""
-  return (f"process {jax.process_index()} of {jax.process_count()}: "
-          f"{str(error).strip().splitlines()[0][:300]}. Another process may "
-          "have ended: see what it said. Start all of them again, and the run "
-          "goes on from its last checkpoint")
+  return (f"{_who()}: {str(error).strip().splitlines()[0][:300]}. Another "
+          f"process may have ended: see what it said. {_REMEDY}")
 
 
 def leave(status: int) -> int:
   """Ends this process at once if others take part, who may be waiting for it:
   jax would wait for them in turn. Else returns the status."""
   if jax.distributed.is_initialized() and jax.process_count() > 1:
+    _say_goodbye()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -92,6 +92,8 @@ def _add_what(parser):
                      "tiktoken:NAME")
   group.add_argument("--max-bytes", type=int, metavar="N",
                      help="of the text at most")
+  group.add_argument("--heldout-fraction", type=float, default=0.05,
+                     metavar="X", help="of the files (default: 0.05)")
 
 
 def _add_how(parser):
@@ -187,9 +189,11 @@ def _train(args):
   if mesh is None and jax.device_count() > 1:
     mesh = {"data": jax.device_count()}
   workdir = pathlib.Path(args.workdir)
-  # A restart is spared the compilation.
-  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+  if jax.config.jax_compilation_cache_dir is None:
+    # A restart is spared the compilation.
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   data = build_dataset(args.data, args.tokenizer, args.seq_len,
+                       heldout_fraction=args.heldout_fraction,
                        max_bytes=args.max_bytes)
   _say(f"{args.preset or args.config}: {jax.device_count()} devices of "
        f"{jax.process_count()} processes, mesh {mesh or 'none'}")
