@@ -55,7 +55,7 @@ def _leave_last_words() -> None:
   one was lost: neither leaves Python time to say it."""
   global _witness
   _witness = subprocess.Popen(
-      ["sh", "-c", 'read -r goodbye || printf "%s\n" "$0" >&2',
+      ["sh", "-c", 'read -r goodbye || printf "%s\\n" "$0" >&2',
        f"error: {_who()} was ended from outside, most likely because another "
        f"process was lost: see what that one said last. {_REMEDY}"],
       stdin=subprocess.PIPE, start_new_session=True)
