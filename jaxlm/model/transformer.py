@@ -132,7 +132,7 @@ class Layer(nn.Module):
                       execution.dispatch, execution.capacity_factor,
                       execution.fsdp, name="moe")(y, keys[2])
     else:
-      y = MLP(config.mlp, residual_scale, name="mlp")(y)
+      y = MLP(config.mlp, residual_scale, execution.fsdp, name="mlp")(y)
     return add(x_BTD, y, "mlp_post_norm", keys[1]), router, cache
 
   def _attention(self, residual_scale):
