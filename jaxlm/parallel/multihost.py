@@ -46,7 +46,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
   # other; exchanges of both may then meet in another order elsewhere, and wait
   # for each other forever.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
-  if jax.process_count() > 1:
+  if is_several():
     _leave_last_words()
 
 
@@ -71,6 +71,10 @@ def _who() -> str:
   return f"process {jax.process_index()} of {jax.process_count()}"
 
 
+def is_several() -> bool:
+  return jax.process_count() > 1
+
+
 def is_main() -> bool:
   """Whether this process is the one that writes what all have to say."""
   return jax.process_index() == 0
@@ -81,7 +85,7 @@ def everyone(value) -> list:
 
   All have to call it, and none returns before all did.
   """
-  if jax.process_count() == 1:
+  if not is_several():
     return [value]
   content = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32(content.size))
@@ -94,14 +98,14 @@ def everyone(value) -> list:
 
 def lost(error: Exception) -> str:
   """What to say when a computation of all processes failed in this one."""
-  return (f"{_who()}: {str(error).strip().splitlines()[0][:300]}. Another "
+  return (f"{_who()}: {str(error).strip().splitlines()[0][:400]}. Another "
           f"process may have ended: see what it said. {_REMEDY}")
 
 
 def leave(status: int) -> int:
   """Ends this process at once if others take part, who may be waiting for it:
   jax would wait for them in turn. Else returns the status."""
-  if jax.distributed.is_initialized() and jax.process_count() > 1:
+  if jax.distributed.is_initialized() and is_several():
     _say_goodbye()
     sys.stdout.flush()
     sys.stderr.flush()
