@@ -18,7 +18,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
   """Joins the processes of this program, before jax computes anything.
 
   Under Slurm, on TPU slices, on GKE and under Open MPI no argument is needed;
-  without them, on a machine that is none of these, there is one process.
+  without them, on a machine that is none of these, there is one process, and
+  so there is where jax has computed before.
 
   Args:
     coordinator: "HOST:PORT" of process 0.
@@ -37,9 +38,10 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
   try:
     jax.distributed.initialize(*given,
                                heartbeat_timeout_seconds=heartbeat_seconds)
-  except ValueError as error:
-    # What jax says where it finds no cluster.
-    if coordinator is not None or "coordinator_address" not in str(error):
+  except (ValueError, RuntimeError) as error:
+    # What jax says where it finds no cluster, and where it has computed.
+    if coordinator is not None or not any(
+        said in str(error) for said in ("coordinator_address", "before any")):
       raise
     return
   # CPUs, unlike others, run two programs at once where neither needs the
