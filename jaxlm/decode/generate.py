@@ -142,7 +142,7 @@ def prefill(config: ModelConfig, params: dict, tokens_BT, lengths_B, *,
   hidden_BTD, cache = forward_with_cache(
       config, params, cache, tokens_BT, positions_BT.astype(jnp.int32),
       execution=execution)
-  return logits(config, params, hidden_BTD[:, -1]), cache
+  return logits(config, params, hidden_BTD[:, -1], execution.fsdp), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -215,8 +215,8 @@ def decode(config: ModelConfig, params: dict, state: State,
         config, params, state.cache, state.token_B[:, None],
         state.position_B[:, None], execution=execution)
     state = _choose(state._replace(cache=cache),
-                    logits(config, params, hidden_BTD[:, 0]), sampling,
-                    stop_tokens)
+                    logits(config, params, hidden_BTD[:, 0], execution.fsdp),
+                    sampling, stop_tokens)
     return step + 1, state, new_BT.at[:, step].set(state.token_B)
 
   # Rows that have ended repeat their stop token.

@@ -30,12 +30,18 @@ from jaxlm.model.mlp import MLP
 from jaxlm.model.moe import MoE
 from jaxlm.model.rope import RopeTable, rope_table
 from jaxlm.model.routing import RouterOutput
+from jaxlm.parallel.mesh import check_divides, current, shard, unset
+from jaxlm.parallel.vocabulary import lookup, project
 
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+# The logical axes of hidden states.
+TOKENS = ("batch", "length", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Layer(nn.Module):
     def add(x, y, name, key):
       if config.norm.placement == "pre_and_post":
         y = norm(y, name)
-      return x + dropout(y, config.dropout, key)
+      return shard(x + dropout(y, config.dropout, key), *TOKENS)
 
     y, cache = self._attention(residual_scale)(
         norm(x_BTD, "attention_norm"), context, cache)
@@ -194,14 +200,14 @@ class Embedding(nn.Module):
         config.d_model ** -0.5 if config.scale_embeddings else 0.02)
     table = weight(self, "embedding", (config.vocab_size, config.d_model),
                    ("vocab", "embed"), normal)
-    x_BTD = table[tokens_BT].astype(dtype)
+    x_BTD = lookup(table, tokens_BT, dtype, self.execution.fsdp)
     if config.scale_embeddings:
       x_BTD *= jnp.sqrt(jnp.float32(config.d_model)).astype(dtype)
     if config.max_positions:
       positions = weight(self, "positions",
                          (config.max_positions, config.d_model),
                          ("positions", "embed"), nn.initializers.normal(0.02))
-      x_BTD += positions[context.positions_BT].astype(dtype)
+      x_BTD += shard(positions[context.positions_BT].astype(dtype), *TOKENS)
     key = context.key
     if key is not None:
       key = jax.random.fold_in(key, config.num_layers)
@@ -221,6 +227,8 @@ def make_context(config: ModelConfig, tokens_BT, positions_BT=None,
             for kind, config_ in (("full", attention.rope_full),
                                   ("sliding", attention.rope_sliding))}
   positions_BT = jnp.broadcast_to(positions_BT, tokens_BT.shape)
+  if current() is not None:
+    check_divides("tokens_BT", tokens_BT.shape, TOKENS[:2], current())
   return Context(rope, positions_BT, segment_ids_BT, key)
 
 
@@ -229,8 +237,9 @@ def init_variables(config: ModelConfig, key):
   tokens_BT = jnp.zeros((1, 1), jnp.int32)
   # Only shapes matter here: these implementations are the quickest to trace.
   execution = Execution(attention="reference", experts="ragged")
-  return Decoder(config, execution).init(
-      key, tokens_BT, make_context(config, tokens_BT))["params"]
+  with unset():  # one token does not divide over a mesh
+    return Decoder(config, execution).init(
+        key, tokens_BT, make_context(config, tokens_BT))["params"]
 
 
 def init_params(config: ModelConfig, key) -> dict:
@@ -308,12 +317,11 @@ def unembedding(config: ModelConfig, params: dict):
           else params["unembedding"])
 
 
-def logits(config: ModelConfig, params: dict, hidden_BTD):
-  """[..., V] float32, soft-capped if the model does."""
+def logits(config: ModelConfig, params: dict, hidden_BTD, fsdp: bool = True):
+  """Float32 [B, T, V] of [B, T, D], or [B, V] of [B, D]; soft-capped if the
+  model does. `fsdp`: how the parameters are split, as in `Execution`."""
   table_DV = unembedding(config, params).astype(hidden_BTD.dtype)
-  y = jnp.einsum("...D,DV->...V", hidden_BTD, table_DV,
-                 preferred_element_type=jnp.float32)
-  return soft_cap(y, config.final_soft_cap)
+  return soft_cap(project(hidden_BTD, table_DV, fsdp), config.final_soft_cap)
 
 
 def per_layer(config: ModelConfig, params: dict) -> dict:

@@ -40,7 +40,7 @@ RULES = {
 # Where weights stay as they are used, as in decoding, which reads each weight
 # once for few tokens: gathering would cost more than all else.
 RESIDENT = {**RULES, "embed": None, "expert_embed": None,
-            "vocab": ("expert", "tensor")}
+            "vocab": ("tensor", "expert")}
 
 
 def rules(fsdp: bool = True) -> dict[str, tuple[str, ...] | None]:
@@ -114,6 +114,11 @@ def current():
   """The mesh that is set, as an abstract one, or None."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty else mesh
+
+
+def unset():
+  """A context in which no mesh is set, to trace what is not split by hand."""
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def axis_size(*names: str) -> int:
@@ -213,6 +218,17 @@ def vary(x, axes: Iterable[str] | None = None):
     return jax.lax.pcast(leaf, tuple(n for n in AXES if n in missing),
                          to="varying") if missing else leaf
   return jax.tree.map(visit, x)
+
+
+def gather(x, axis: int, logical: str, fsdp: bool = True):
+  """Inside `manual`: all of an axis of x, of which each device has a part.
+
+  One axis of the mesh after the other, fewest bytes first: XLA turns a gather
+  over all devices of some slices into an all-reduce, of twice the bytes.
+  """
+  for name in reversed(rules(fsdp)[logical] or ()):
+    x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+  return x
 
 
 def varying(x) -> frozenset[str]:

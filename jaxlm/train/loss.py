@@ -4,16 +4,18 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.transformer import unembedding
+from jaxlm.parallel import mesh
 
 # Logits held at a time; large enough for matmuls at full speed.
 CHUNK_LOGITS = 1 << 24
 
 
 def next_token_loss(config: ModelConfig, params: dict, hidden_BTD, targets_BT,
-                    mask_BT, z_loss: float = 0.0):
+                    mask_BT, z_loss: float = 0.0, fsdp: bool = True):
   """The summed loss of the targets under the mask, and their number.
 
   Args:
@@ -21,39 +23,78 @@ def next_token_loss(config: ModelConfig, params: dict, hidden_BTD, targets_BT,
     targets_BT: int32, the token that follows each position.
     mask_BT: bool or float, which targets count.
     z_loss: weight of logsumexp(logits)^2 (PaLM, section 5).
+    fsdp: how the parameters are split, as in `Execution`.
 
   Returns:
     Nats and count, float32 scalars. The gradient is computed together with
     the loss, chunk by chunk, so logits are multiplied out once.
   """
-  d_model = hidden_BTD.shape[-1]
   table_DV = unembedding(config, params).astype(hidden_BTD.dtype)
-  mask_T = mask_BT.reshape(-1).astype(jnp.float32)
-  total = _cross_entropy((config.final_soft_cap, z_loss),
-                         hidden_BTD.reshape(-1, d_model), table_DV,
-                         targets_BT.reshape(-1), mask_T)
-  return total, jnp.sum(mask_T)
+  mask_BT = mask_BT.astype(jnp.float32)
+  options = config.final_soft_cap, z_loss
+  args = hidden_BTD, table_DV, targets_BT, mask_BT
+  if mesh.current() is None:
+    total = _loss((*options, None), *args)
+  else:
+    total = _sharded_loss(options, fsdp, *args)
+  return total, jnp.sum(mask_BT)
+
+
+def _loss(options, hidden_BTD, table_DV, targets_BT, mask_BT):
+  return _cross_entropy(options, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+                        table_DV, targets_BT.reshape(-1), mask_BT.reshape(-1))
+
+
+def _sharded_loss(options, fsdp, *args):
+  """Each device's own tokens over its part of the vocabulary."""
+  tokens = ("batch", "length")
+  axes = mesh.rules(fsdp)
+  batch = (*axes["batch"], *axes["length"])
+  # By no axis that splits the tokens, as it is where weights are resident.
+  vocab = tuple(name for name in axes["vocab"] if name not in batch)
+
+  def local(hidden_BTD, table_DV, targets_BT, mask_BT):
+    table_DV = mesh.gather(table_DV, 0, "embed", fsdp)
+    # Summed over the devices here, these gradients are: the last to be.
+    hidden_BTD, table_DV = mesh.vary((hidden_BTD, table_DV), (*batch, *vocab))
+    total = _loss((*options, vocab), hidden_BTD, table_DV, targets_BT, mask_BT)
+    return lax.psum(total, batch)
+
+  table = mesh.spec("embed", None, fsdp=fsdp)
+  return mesh.manual(
+      local, (mesh.spec(*tokens, None), P(*table[:1], vocab),
+              mesh.spec(*tokens), mesh.spec(*tokens)), P())(*args)
 
 
 def _chunk_loss(options, hidden_TD, table_DV, targets_T, mask_T):
   """The loss of a few tokens, and its gradient's factor of the logits."""
-  cap, z_loss = options
+  cap, z_loss, axes = options
   logits_TV = jnp.dot(hidden_TD, table_DV, preferred_element_type=jnp.float32)
   slope = 1.0
   if cap is not None:
     tanh = jnp.tanh(logits_TV / cap)
     logits_TV, slope = cap * tanh, 1 - tanh ** 2
-  top_T = jnp.max(logits_TV, -1)
+  top_T = _all(lax.pmax, jnp.max(logits_TV, -1), axes)
   exp_TV = jnp.exp(logits_TV - top_T[:, None])
-  sum_T = jnp.sum(exp_TV, -1)
+  sum_T = _all(lax.psum, jnp.sum(exp_TV, -1), axes)
   lse_T = top_T + jnp.log(sum_T)
-  target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], -1)[:, 0]
+  words = table_DV.shape[1]
+  if axes:
+    targets_T -= lax.axis_index(axes) * words
+  hit_TV = jnp.arange(words) == targets_T[:, None]
+  if axes:
+    target_T = lax.psum(jnp.sum(jnp.where(hit_TV, logits_TV, 0), -1), axes)
+  else:
+    target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], -1)[:, 0]
   loss = jnp.sum(mask_T * (lse_T - target_T + z_loss * lse_T ** 2))
-  hit_TV = jnp.arange(table_DV.shape[1]) == targets_T[:, None]
   scale_T = mask_T * (1 + 2 * z_loss * lse_T) / sum_T
   dlogits_TV = slope * (exp_TV * scale_T[:, None]
                         - jnp.where(hit_TV, mask_T[:, None], 0))
   return loss, dlogits_TV.astype(hidden_TD.dtype)
+
+
+def _all(reduce, x, axes):
+  return reduce(x, axes) if axes else x
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> list[tuple[int, int, int]]:
@@ -84,9 +125,14 @@ def _cross_entropy(options, hidden_TD, table_DV, targets_T, mask_T):
     loss, _ = _chunk_loss(options, hidden, table_DV, targets, mask)
     return total + loss, None
 
-  total, _ = _over_chunks(body, jnp.float32(0), (hidden_TD, targets_T, mask_T),
+  total, _ = _over_chunks(body, _zero(mask_T), (hidden_TD, targets_T, mask_T),
                           table_DV.shape[1])
   return total
+
+
+def _zero(x, shape=()):
+  """Zeros that may differ between devices as x does."""
+  return mesh.vary(jnp.zeros(shape, jnp.float32), mesh.varying(x))
 
 
 def _forward(options, hidden_TD, table_DV, targets_T, mask_T):
@@ -99,7 +145,7 @@ def _forward(options, hidden_TD, table_DV, targets_T, mask_T):
                          preferred_element_type=jnp.float32)
     return (total + loss, dtable_DV), dhidden
 
-  carry = jnp.float32(0), jnp.zeros(table_DV.shape, jnp.float32)
+  carry = _zero(mask_T), _zero(table_DV, table_DV.shape)
   (total, dtable_DV), dhidden_TD = _over_chunks(
       body, carry, (hidden_TD, targets_T, mask_T), table_DV.shape[1])
   return total, (dhidden_TD, dtable_DV.astype(table_DV.dtype))

@@ -189,7 +189,8 @@ def _gradients(model_config, train_config, params, batch, key):
                      segment_ids_BT=part["segment_ids"])
     nats, _ = next_token_loss(model_config, params, output.hidden_BTD,
                               part["targets"], part["mask"],
-                              train_config.z_loss)
+                              train_config.z_loss,
+                              train_config.execution.fsdp)
     metrics = {"loss": nats / num_targets}
     total = metrics["loss"]
     if output.router is not None:
@@ -245,7 +246,8 @@ def eval_step(model_config: ModelConfig, train_config: TrainConfig,
                    execution=train_config.execution,
                    segment_ids_BT=batch["segment_ids"])
   nats, targets = next_token_loss(model_config, params, output.hidden_BTD,
-                                  batch["targets"], batch["mask"])
+                                  batch["targets"], batch["mask"],
+                                  fsdp=train_config.execution.fsdp)
   sums = {"nats": nats, "targets": targets}
   if output.router is not None:
     sums["load"] = output.router.load_E
