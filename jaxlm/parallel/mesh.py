@@ -157,17 +157,18 @@ def check_divides(what: str, shape, axes, mesh, fsdp: bool = True) -> None:
     if size % parts:
       over = " x ".join(f"{name}={mesh.shape[name]}" for name in names
                         if mesh.shape[name] > 1)
-      fits = [n for n in range(1, min(size, 2 * parts) + 1) if size % n == 0]
       raise ValueError(
           f"{what}: {axis}={size} does not divide over the mesh's {over}: "
-          f"use {_listed(fits)}" + (" devices in all" if len(names) > 1
-                                    else ""))
+          f"use {_divisors_near(size, parts)}"
+          + (" devices in all" if len(names) > 1 else ""))
 
 
-def _listed(numbers) -> str:
-  numbers = [str(n) for n in numbers[-8:]]
-  return " or ".join([", ".join(numbers[:-1]), numbers[-1]]
-                     if len(numbers) > 1 else numbers)
+def _divisors_near(size: int, parts: int) -> str:
+  """Up to six divisors, as text."""
+  divisors = [n for n in range(1, size + 1) if size % n == 0]
+  divisors.sort(key=lambda n: abs(math.log(n / parts)))
+  *rest, last = map(str, sorted(divisors[:6]))
+  return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def named_sharding(mesh, what: str, shape, axes, fsdp: bool = True):

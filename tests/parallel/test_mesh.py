@@ -77,7 +77,8 @@ def test_parameters_and_optimizer_are_split_alike():
   config = jaxlm.preset("gpt-oss-20b")
   mesh = make_mesh({"data": 2, "expert": 2, "tensor": 2})
   params = abstract_params(config)
-  state = {"mu": params, "params": params, "count": jax.ShapeDtypeStruct((), int)}
+  state = {"mu": params, "params": params,
+           "count": jax.ShapeDtypeStruct((), int)}
   found = shardings(config, state, mesh)
   assert found["mu"] == found["params"]
   assert found["count"].spec == P()
@@ -87,10 +88,6 @@ def test_parameters_and_optimizer_are_split_alike():
   resident = shardings(config, params, mesh, fsdp=False)
   assert resident["stack_0"]["layer_1"]["moe"]["gate_up"].spec == P(
       "stage", "expert", None, "tensor")
-  parts = sum(s.shard_shape(x.shape)[0] * x.size // x.shape[0] / x.size
-              for x, s in zip(jax.tree.leaves(params), jax.tree.leaves(
-                  resident)))
-  assert parts < len(jax.tree.leaves(params))
 
 
 def test_quantized_experts_stay_whole_matrices():
