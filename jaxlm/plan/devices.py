@@ -87,6 +87,10 @@ class Slice:
     both = size % self.device.ring == 0
     return self.device.link * (2 if both else 1)
 
+# Of a device that is not known, with the flags that say it.
+_NEEDED = {"hbm": "--hbm-gb", "flops": "--tflops",
+           "bandwidth": "--bandwidth-gbps"}
+
 
 def parse_slice(text: str, **overrides: float) -> Slice:
   """"v5p:4x4x4", or "h100:8"; any other name with all `overrides`.
@@ -102,16 +106,14 @@ def parse_slice(text: str, **overrides: float) -> Slice:
   overrides = {k: v for k, v in overrides.items() if v is not None}
   device = DEVICES.get(name)
   if device is None:
-    if missing := [k for k in ("hbm", "flops", "bandwidth")
-                   if k not in overrides]:
+    if missing := [flag for k, flag in _NEEDED.items() if k not in overrides]:
       near = difflib.get_close_matches(name, [*DEVICES, *ALIASES], 2)
       raise ValueError(
           f"slice {text!r}: {name!r} is not known: "
           + (f"did you mean {' or '.join(near)}? Or " if near else
              f"use one of {', '.join(DEVICES)}, or ")
           + f"give its figures too ({', '.join(missing)})")
-    device = Device(name, *(overrides[k] for k in
-                            ("hbm", "flops", "bandwidth")),
+    device = Device(name, *(overrides[k] for k in _NEEDED),
                     overrides.get("link", 32e9))
   device = dataclasses.replace(device, **overrides)
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):

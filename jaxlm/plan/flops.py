@@ -79,8 +79,9 @@ def _equation(eqn, scale, platform) -> FlopCount:
       total = _branch(eqn, inner, platform)
     case "shard_map":
       sizes = params["mesh"].shape
-      total = inner(params["jaxpr"], scale * math.prod(
-          sizes[axis] for axis in params["manual_axes"]))
+      axes = params.get("newly_manual_axes", params.get("manual_axes"))
+      total = inner(params["jaxpr"],
+                    scale * math.prod(sizes[axis] for axis in axes))
     case "pallas_call":
       _kernel(eqn, scale, inner, total)
     case _ if name.startswith("custom_vjp"):
