@@ -17,6 +17,8 @@ from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.decode import Sampling, generate
 from jaxlm.decode.generate import check_tokens
 from jaxlm.model.transformer import (Execution, forward, logits, per_layer)
+from jaxlm.parallel import mesh
+from jaxlm.parallel.params import leaf_shardings, place
 from jaxlm.relayout import relayout, relayout_leaf
 from pallas_kernels.platforms import platform
 from pallas_kernels.quant import quantized_leaves
@@ -84,7 +86,7 @@ class LM:
   def execution(self) -> Execution:
     """In the parameters' own precision, layer by layer."""
     return Execution(dtype=str(self.params["embed"]["embedding"].dtype),
-                     scan_layers=False)
+                     scan_layers=False, fsdp=False)
 
   def logits(self, tokens_BT) -> jax.Array:
     """What may follow each token: [B, T] integers to [B, T, V] float32.
@@ -116,11 +118,14 @@ class LM:
 def _logits(config, params, tokens_BT, execution):
   hidden_BTD = forward(config, params, tokens_BT,
                        execution=execution).hidden_BTD
-  return logits(config, params, hidden_BTD)
+  return logits(config, params, hidden_BTD, execution.fsdp)
 
 
 def load(path, dtype: str | None = "bfloat16") -> LM:
   """Loads a checkpoint: Hugging Face's or OpenAI's layout, GGUF, jaxlm's own.
+
+  Under `jax.set_mesh` it lies split over the mesh, one leaf at a time in the
+  host's memory.
 
   Args:
     path: of its directory, or of a GGUF file.
@@ -141,7 +146,14 @@ def load(path, dtype: str | None = "bfloat16") -> LM:
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[name] = jax.tree.map(jnp.asarray, leaf)
+    if mesh.current() is None:
+      node[name] = jax.tree.map(jnp.asarray, leaf)
+    else:
+      quantized = any(kind.startswith(path.rpartition("/")[0] + "/")
+                      for kind in kinds)
+      node[name] = place(leaf, leaf_shardings(
+          checkpoint.config, path, leaf, jax.sharding.get_mesh(), False,
+          quantized))
   return LM(checkpoint.config, params, checkpoint.about, checkpoint.files)
 
 

@@ -13,11 +13,7 @@ from pallas_kernels.quant import is_quantized
 
 @functools.cache
 def logical_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
-  """The logical axes of each leaf of `init_params`, by its path.
-
-  Layers of a stack go by "layers" and one of a `per_layer` tree by its kind's
-  place in the stack, so both forms of the parameters are looked up alike.
-  """
+  """The logical axes of each leaf of `init_params`, by its path."""
   boxed = jax.eval_shape(functools.partial(init_variables, config),
                          jax.random.key(0))
   specs = nn.get_partition_spec(boxed)
@@ -43,41 +39,58 @@ def shardings(config: ModelConfig, tree, mesh, fsdp: bool = True):
   Raises:
     ValueError: a leaf does not divide over the mesh.
   """
-  axes_of = _by_suffix(config)
   quantized = {_name(path).rpartition("/")[0] for path, leaf in
                jax.tree.leaves_with_path(tree, is_leaf=is_quantized)
                if is_quantized(leaf)}
 
   def visit(path, leaf):
     name = _name(path)
-    axes = axes_of(name)
-    if axes is None:
-      return jax.tree.map(lambda x: NamedSharding(mesh, P()), leaf)
-    if name.rpartition("/")[0] in quantized and "expert" in axes:
-      return jax.tree.map(lambda x: named_sharding(
-          mesh, name, x.shape, ("whole_expert",) + (None,) * (x.ndim - 1),
-          fsdp), leaf)
-    return named_sharding(mesh, name, leaf.shape, axes, fsdp)
+    return leaf_shardings(config, name, leaf, mesh, fsdp,
+                          name.rpartition("/")[0] in quantized)
 
   return jax.tree.map_with_path(visit, tree, is_leaf=is_quantized)
 
 
-def _by_suffix(config: ModelConfig):
-  """Axes by the end of a path: optimizer states mirror the parameters."""
+def leaf_shardings(config: ModelConfig, name: str, leaf, mesh, fsdp: bool,
+                   quantized: bool):
+  """The shardings of one leaf, called `name`, as in `shardings`.
+
+  Args:
+    quantized: the matrices of these experts are.
+  """
+  axes = _axes_of(config, name)
+  if axes is None:
+    return jax.tree.map(lambda x: NamedSharding(mesh, P()), leaf)
+  if quantized and "expert" in axes:
+    return jax.tree.map(lambda x: named_sharding(
+        mesh, name, x.shape, ("whole_expert",) + (None,) * (x.ndim - 1),
+        fsdp), leaf)
+  return named_sharding(mesh, name, leaf.shape, axes, fsdp)
+
+
+def place(leaf, shardings_):
+  """A leaf of numpy arrays on the devices of its shardings, of which each
+  process needs its own parts alone."""
+  return jax.tree.map(
+      lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__),
+      leaf, shardings_)
+
+
+@functools.cache
+def _known_axes(config: ModelConfig):
   known = dict(logical_axes(config))
   for name in list(known):
     # stack_0/layer_1/mlp/down is layers/N/mlp/down of a per-layer tree.
     if name.startswith("stack_"):
       known[name.split("/", 2)[2]] = known[name][1:]
+  return known
 
-  def find(name: str):
-    parts = name.split("/")
-    for start in range(len(parts)):
-      axes = known.get("/".join(parts[start:]))
-      if axes is not None:
-        return axes
-    return None
-  return find
+
+def _axes_of(config: ModelConfig, name: str):
+  """By the end of a path, as optimizer states mirror the parameters."""
+  known, parts = _known_axes(config), name.split("/")
+  return next((known[end] for start in range(len(parts))
+               if (end := "/".join(parts[start:])) in known), None)
 
 
 def with_shardings(tree, shardings_):
