@@ -34,12 +34,44 @@ class RouterOutput(typing.NamedTuple):
   """What one expert layer reports of a batch.
 
   load_E: share of the routed rows each expert got; sums to 1.
-  dropped: share of tokens that no expert took (expert choice alone drops).
+  dropped: share of tokens that no expert took (expert choice), or of routed
+    rows without room (the dispatch "capacity"). Nothing else drops.
   losses: the balancing losses, unweighted (see `balancing_losses`).
   """
   load_E: jax.Array
   dropped: jax.Array
   losses: dict[str, jax.Array]
+
+
+class Sums(typing.NamedTuple):
+  """What a report is made of, float32; sums of parts of a batch add up.
+
+  rows_E, importance_E: rows and router weights of each expert.
+  probs_E: probabilities, of all experts for each token.
+  log_squares: of the logsumexps of logits.
+  smooth_load_E: `smooth_load`, where there is noise.
+  taken: tokens that were not dropped.
+  """
+  rows_E: jax.Array
+  importance_E: jax.Array
+  probs_E: jax.Array
+  log_squares: jax.Array
+  smooth_load_E: jax.Array | None
+  taken: jax.Array | int
+
+
+def router_inputs(config: RouterConfig, router: dict, x_TD) -> dict:
+  """Logits in float32, and what else the router's kind needs."""
+  x_TD = x_TD.astype(jnp.float32)
+  inputs = {"logits_TE": x_TD @ router["router"].astype(jnp.float32)}
+  if config.bias:
+    inputs["logits_TE"] += router["bias"].astype(jnp.float32)
+  if config.balance_bias:
+    inputs["balance_bias_E"] = router["balance_bias"]
+  if config.kind == "noisy_topk":
+    inputs["noise_scale_TE"] = jax.nn.softplus(
+        x_TD @ router["noise"].astype(jnp.float32))
+  return inputs
 
 
 def route(config: MoEConfig, logits_TE, *, balance_bias_E=None,
@@ -51,30 +83,51 @@ def route(config: MoEConfig, logits_TE, *, balance_bias_E=None,
     noise_scale_TE: noisy top-k's softplus(x W_noise).
     key: with it, noisy top-k draws its noise (training); without, it does not.
   """
-  logits_TE = logits_TE.astype(jnp.float32)
+  clean_TE = logits_TE = logits_TE.astype(jnp.float32)
+  num_tokens = taken = len(logits_TE)
   if config.router.kind == "expert_choice":
-    routing = _expert_choice(config, logits_TE)
-    weight_TA = None
+    routing = expert_choice(config, logits_TE)
+    taken_T = jnp.zeros(num_tokens, bool).at[routing.token_M].set(True)
+    taken = jnp.sum(taken_T.astype(jnp.float32))
   else:
-    clean_TE = logits_TE
-    if config.router.kind == "noisy_topk" and key is not None:
-      noise = jax.random.normal(key, logits_TE.shape)
-      logits_TE = clean_TE + noise * noise_scale_TE
+    noise_TE = draw_noise(config, key, logits_TE.shape)
+    if noise_TE is not None:
+      logits_TE = clean_TE + noise_TE * noise_scale_TE
     expert_TA, weight_TA = choose(config, logits_TE, balance_bias_E)
     routing = sort_by_expert(expert_TA, weight_TA, config.num_experts)
-  importance_E = _importance(routing, config.num_experts)
-  losses = balancing_losses(config, logits_TE, routing.group_sizes_E,
-                            importance_E)
+  sums = sum_up(config, clean_TE, logits_TE, noise_scale_TE,
+                routing.group_sizes_E,
+                _importance(routing, config.num_experts), taken)
+  return routing, report(config, sums, num_tokens)
+
+
+def draw_noise(config: MoEConfig, key, shape):
+  """Noisy top-k's [..., E], while there is a key; None otherwise."""
   if config.router.kind == "noisy_topk" and key is not None:
-    losses["cv_load"] = squared_cv(smooth_load(
-        clean_TE, logits_TE, noise_scale_TE, config.experts_per_token))
-  num_tokens, num_rows = logits_TE.shape[0], routing.token_M.shape[0]
-  dropped = jnp.float32(0)
-  if routing.row_TA is None:
-    taken_T = jnp.zeros(num_tokens, bool).at[routing.token_M].set(True)
-    dropped = 1 - jnp.mean(taken_T.astype(jnp.float32))
-  load_E = routing.group_sizes_E.astype(jnp.float32) / num_rows
-  return routing, RouterOutput(load_E, dropped, losses)
+    return jax.random.normal(key, shape)
+  return None
+
+
+def sum_up(config: MoEConfig, clean_TE, logits_TE, noise_scale_TE, rows_E,
+           importance_E, taken) -> Sums:
+  """Of logits without noise and with it (the same array, if there is none)."""
+  probs_TE = _scores(config, logits_TE)
+  if config.router.kind == "sigmoid_topk":
+    probs_TE /= jnp.sum(probs_TE, -1, keepdims=True) + 1e-20
+  smooth_load_E = None
+  if logits_TE is not clean_TE:
+    smooth_load_E = smooth_load(clean_TE, logits_TE, noise_scale_TE,
+                                config.experts_per_token)
+  return Sums(rows_E.astype(jnp.float32), importance_E, jnp.sum(probs_TE, 0),
+              jnp.sum(jnp.square(jax.nn.logsumexp(logits_TE, -1))),
+              smooth_load_E, taken)
+
+
+def report(config: MoEConfig, sums: Sums, num_tokens: int) -> RouterOutput:
+  load_E = sums.rows_E / jnp.sum(sums.rows_E)
+  dropped = (num_tokens - jnp.asarray(sums.taken, jnp.float32)) / num_tokens
+  return RouterOutput(load_E, dropped,
+                      balancing_losses(config, sums, num_tokens))
 
 
 def choose(config: MoEConfig, logits_TE, balance_bias_E=None):
@@ -121,18 +174,29 @@ def _in_best_groups(ranked_TE, router: RouterConfig):
                    -jnp.inf).reshape(ranked_TE.shape)
 
 
-def sort_by_expert(expert_TA, weight_TA, num_experts: int) -> Routing:
-  """Token-choice routing as rows sorted by expert, tokens in order within."""
-  num_rows, per_token = expert_TA.size, expert_TA.shape[1]
-  expert_M = expert_TA.reshape(-1)
-  sort = _sort_few if num_rows <= FEW_ROWS else _sort_many
-  order_M, row_M, sizes_E = sort(expert_M, num_experts)
-  return Routing(order_M // per_token, weight_TA.reshape(-1)[order_M],
-                 sizes_E, row_M.reshape(expert_TA.shape))
+def sort_by_expert(expert_TA, weight_TA, num_experts: int,
+                   first_choices_first: bool = False) -> Routing:
+  """Token-choice routing as rows sorted by expert, tokens in order within, or
+  all first choices in front. What chose no expert (`num_experts`) comes last,
+  in no group."""
+  num_tokens, per_token = expert_TA.shape
+  if first_choices_first:
+    expert_TA, weight_TA = expert_TA.T, weight_TA.T
+  order_M, row_M, sizes_E = sort(expert_TA.reshape(-1), num_experts)
+  row_TA = row_M.reshape(expert_TA.shape)
+  weight_M = weight_TA.reshape(-1)[order_M]
+  if first_choices_first:
+    return Routing(order_M % num_tokens, weight_M, sizes_E, row_TA.T)
+  return Routing(order_M // per_token, weight_M, sizes_E, row_TA)
+
+
+def sort(expert_M, num_experts: int):
+  """The stable order by expert, its inverse, and the rows of each expert."""
+  few = len(expert_M) <= FEW_ROWS
+  return (_sort_few if few else _sort_many)(expert_M, num_experts)
 
 
 def _sort_many(expert_M, num_experts: int):
-  """The stable order by expert, its inverse, and the rows of each expert."""
   order_M = jnp.argsort(expert_M, stable=True)
   row_M = jnp.zeros(expert_M.shape, jnp.int32).at[order_M].set(
       jnp.arange(len(expert_M), dtype=jnp.int32), unique_indices=True)
@@ -142,8 +206,8 @@ def _sort_many(expert_M, num_experts: int):
 
 
 def _sort_few(expert_M, num_experts: int):
-  """The same by comparing all with all: on a GPU three small kernels, where
-  sorting and searching are a dozen and a loop that its host steers."""
+  """By comparing all with all: on a GPU three small kernels, where sorting
+  and searching are a dozen and a loop that its host steers."""
   m = jnp.arange(len(expert_M), dtype=jnp.int32)
   mine, others = expert_M[:, None], expert_M
   before = (others < mine) | ((others == mine) & (m < m[:, None]))
@@ -154,7 +218,7 @@ def _sort_few(expert_M, num_experts: int):
   return order_M, row_M, sizes_E
 
 
-def _expert_choice(config: MoEConfig, logits_TE) -> Routing:
+def expert_choice(config: MoEConfig, logits_TE) -> Routing:
   """Each expert takes T A / E tokens, by their softmax over experts."""
   num_tokens = logits_TE.shape[0]
   capacity = min(num_tokens, max(1, math.ceil(
@@ -179,27 +243,28 @@ def squared_cv(x_E):
   return jnp.var(x_E) / jnp.square(jnp.mean(x_E))
 
 
-def balancing_losses(config: MoEConfig, logits_TE, group_sizes_E,
-                     importance_E) -> dict[str, jax.Array]:
+def balancing_losses(config: MoEConfig, sums: Sums,
+                     num_tokens: int) -> dict[str, jax.Array]:
   """The losses a router may be balanced with, unweighted.
 
   cv_importance: CV(importance)^2 (Shazeer et al. 2017, section 4).
+  cv_load: CV(smooth load)^2 (appendix A), where there is noise.
   switch: E sum_i f_i P_i with f_i the share of the routed rows and P_i the
     mean of the full softmax (Fedus et al. 2021, equation 4), or of sigmoids
     over their sum (arXiv 2412.19437, equation 19); 1 when uniform, whatever
     the number of experts per token.
   router_z: mean of logsumexp(logits)^2 (ST-MoE, equation 5).
   """
-  share_E = group_sizes_E / jnp.sum(group_sizes_E)
-  probs_TE = _scores(config, logits_TE)
-  if config.router.kind == "sigmoid_topk":
-    probs_TE /= jnp.sum(probs_TE, -1, keepdims=True) + 1e-20
-  mean_prob_E = jnp.mean(probs_TE, 0)
-  return {
-      "cv_importance": squared_cv(importance_E),
-      "switch": config.num_experts * jnp.sum(share_E * mean_prob_E),
-      "router_z": jnp.mean(jnp.square(jax.nn.logsumexp(logits_TE, -1))),
+  share_E = sums.rows_E / jnp.sum(sums.rows_E)
+  losses = {
+      "cv_importance": squared_cv(sums.importance_E),
+      "switch": config.num_experts * jnp.sum(
+          share_E * (sums.probs_E / num_tokens)),
+      "router_z": sums.log_squares / num_tokens,
   }
+  if sums.smooth_load_E is not None:
+    losses["cv_load"] = squared_cv(sums.smooth_load_E)
+  return losses
 
 
 def smooth_load(clean_TE, noisy_TE, noise_scale_TE, per_token: int):

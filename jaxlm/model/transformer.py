@@ -30,6 +30,7 @@ from jaxlm.model.mlp import MLP
 from jaxlm.model.moe import MoE
 from jaxlm.model.rope import RopeTable, rope_table
 from jaxlm.model.routing import RouterOutput
+from jaxlm.parallel.dispatch import SCHEMES
 from jaxlm.parallel.mesh import check_divides, current, shard, unset
 from jaxlm.parallel.vocabulary import lookup, project
 
@@ -56,6 +57,10 @@ class Execution:
 
   Under a mesh: fsdp says that weights are split over the axes of the batch
   too, and gathered as they are used (else they stay, as decoding wants).
+  dispatch says how tokens get to the devices of their experts: one of
+  `jaxlm.parallel.dispatch`'s schemes, or "auto" for the one that should be
+  quickest. Only "capacity" drops anything: what an expert is sent beyond
+  `capacity_factor` times an equal share, by each device.
   """
   dtype: str = "float32"
   remat: str = "none"
@@ -63,6 +68,8 @@ class Execution:
   attention: str = "auto"
   experts: str = "auto"
   fsdp: bool = True
+  dispatch: str = "auto"
+  capacity_factor: float = 1.25
 
   def __post_init__(self):
     if self.remat not in REMAT_POLICIES:
@@ -71,6 +78,12 @@ class Execution:
     if self.dtype not in ("float32", "bfloat16", "float16"):
       raise ValueError(f"dtype={self.dtype!r}: use 'float32', 'bfloat16' or "
                        "'float16'")
+    if self.dispatch not in ("auto", *SCHEMES):
+      raise ValueError(f"dispatch={self.dispatch!r}: use one of "
+                       f"{('auto', *SCHEMES)}")
+    if not self.capacity_factor > 0:
+      raise ValueError(f"capacity_factor={self.capacity_factor}: must be "
+                       "positive")
 
 
 class Context(typing.NamedTuple):
@@ -116,7 +129,8 @@ class Layer(nn.Module):
     y, router = norm(x_BTD, "mlp_norm"), None
     if self.kind.moe:
       y, router = MoE(config.moe, residual_scale, execution.experts,
-                      name="moe")(y, keys[2])
+                      execution.dispatch, execution.capacity_factor,
+                      execution.fsdp, name="moe")(y, keys[2])
     else:
       y = MLP(config.mlp, residual_scale, name="mlp")(y)
     return add(x_BTD, y, "mlp_post_norm", keys[1]), router, cache

@@ -4,7 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import choice, platforms
+from pallas_kernels import choice, manual, platforms
 from pallas_kernels.expert_matmul import gpu, ragged, reference, tpu, xla
 from pallas_kernels.expert_matmul.options import Options
 from pallas_kernels.quant import is_quantized
@@ -55,8 +55,9 @@ def expert_matmul(x_MD, weights, group_sizes_E, *, bias=None,
   name = choice.choose(IMPLEMENTATIONS,
                        PREFERRED.get(platforms.platform(), ()), implementation,
                        (x_MD, weights, options))
-  return _expert_matmul(name, implementation == "auto", options, x_MD, weights,
-                        group_sizes_E, bias, row_weights_M)
+  args = x_MD, weights, group_sizes_E, bias, row_weights_M
+  return _expert_matmul(name, implementation == "auto", options,
+                        *manual.like(args))
 
 
 def unsupported(implementation: str, x_MD, weights, *, swiglu_limit=None,

@@ -35,6 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import manual
 from pallas_kernels.expert_matmul import gpu_tiles, reference
 from pallas_kernels.expert_matmul.gpu_tiles import dot, load
 from pallas_kernels.quant import FP8, MXFP4, Int8, is_quantized
@@ -150,8 +151,8 @@ def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
   grid = (pl.cdiv(shape[2], blocks.columns), pl.cdiv(shape[1], blocks.depth),
           shape[0])
   dw_EDF = _call(functools.partial(_weight_gradient_kernel, blocks=blocks),
-                 grid, jax.ShapeDtypeStruct(shape, jnp.float32), blocks,
-                 options)(group_sizes_E.astype(jnp.int32), x_MD, dy_MF)
+                 grid, manual.result(shape, jnp.float32, group_sizes_E, x_MD,
+                                     dy_MF), blocks, options)(group_sizes_E.astype(jnp.int32), x_MD, dy_MF)
   return dw_EDF, (reference.bias_gradient(dy_MF, group_sizes_E) if with_bias
                   else None)
 
@@ -200,10 +201,11 @@ def _matmul(x_MK, weights, group_sizes_E, bias_EN, row_weights_M, blocks,
       with_row_weights=row_weights_M is not None, few=few,
       swiglu_limit=options.swiglu_limit)
   shape = num_rows, num_columns // (1 if options.swiglu_limit is None else 2)
+  operands = (group_sizes_E.astype(jnp.int32), product.x_layout(x_MK),
+              *product.arrays(weights), *extras)
   return _call(kernel, (pl.cdiv(num_columns, blocks.columns), tiles),
-               jax.ShapeDtypeStruct(shape, x_MK.dtype), blocks, options)(
-                   group_sizes_E.astype(jnp.int32), product.x_layout(x_MK),
-                   *product.arrays(weights), *extras)
+               manual.result(shape, x_MK.dtype, operands), blocks,
+               options)(*operands)
 
 
 def _groups(sizes_ref, num_rows: int):

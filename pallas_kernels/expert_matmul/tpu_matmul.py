@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import manual
 from pallas_kernels.expert_matmul import reference
 from pallas_kernels.expert_matmul import tpu_schedule as schedule
 from pallas_kernels.expert_matmul.tpu_dequantize import Operand
@@ -137,7 +138,8 @@ def matmul(x_MK, weights: Operand, num_outputs: int, visits, plan: Plan, *,
           out_specs=spec((plan.rows, plan.columns // half),
                          lambda n, i, v: (v.row_tile, n)),
           scratch_shapes=scratch),
-      out_shape=jax.ShapeDtypeStruct((num_rows, num_outputs), x_MK.dtype),
+      out_shape=manual.result((num_rows, num_outputs), x_MK.dtype, arrays,
+                              operands),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),

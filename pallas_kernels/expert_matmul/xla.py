@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import manual
 from pallas_kernels.expert_matmul.reference import finish
 from pallas_kernels.quant import MXFP4Pairs, is_quantized
 from pallas_kernels.quant.leaf import part_of
@@ -74,7 +75,8 @@ def matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, options):
 
     return lax.fori_loop(0, -(-(end - first) // block), rows, y_MF)
 
-  zeros = jnp.zeros((num_rows, dim // ratio), jnp.float32)
+  zeros = manual.like(jnp.zeros((num_rows, dim // ratio), jnp.float32), x_MD,
+                      weights, group_sizes_E, bias_EF, row_weights_M)
   y_MF = _for_each_tile(tiles, group_sizes_E, tile_size, tile, zeros)
   return y_MF.astype(x_MD.dtype)
 
@@ -109,7 +111,8 @@ def input_gradient(dy_MF, weights, group_sizes_E, options):
 
     return lax.fori_loop(0, -(-(end - first) // block), rows, dx_planes)
 
-  zeros = tiles.split(jnp.zeros((num_rows, dim), jnp.float32))
+  zeros = tiles.split(manual.like(jnp.zeros((num_rows, dim), jnp.float32),
+                                  dy_MF, weights, group_sizes_E))
   return tiles.join(_for_each_tile(tiles, group_sizes_E, tile_size, tile,
                                    zeros)).astype(dtype)
 
@@ -144,7 +147,9 @@ def _flat_matmul(x_MD, weights, group_sizes_E, bias_EF=None, *,
       y += lax.dynamic_index_in_dim(bias_EF, expert[i], 0).astype(y.dtype)
     return _merge(y_MF, y, at, 0, first[i], end[i])
 
-  return lax.fori_loop(0, used, body, jnp.zeros((num_rows, dim), x_MD.dtype))
+  zeros = manual.like(jnp.zeros((num_rows, dim), x_MD.dtype), x_MD, weights,
+                      group_sizes_E, bias_EF)
+  return lax.fori_loop(0, used, body, zeros)
 
 
 class _Tiles:
@@ -272,6 +277,7 @@ def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
   zeros = (jnp.zeros((num_experts, dim_in, dim_out), jnp.float32),
            jnp.zeros((num_experts, dim_out), jnp.float32)
            if with_bias else None)
+  zeros = manual.like(zeros, x_MD, dy_MF, group_sizes_E)
   return lax.fori_loop(0, used, body, zeros)
 
 

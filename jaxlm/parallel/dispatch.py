@@ -1,0 +1,235 @@
+"""How tokens get to the devices of their experts, and results back.
+
+gather: every device gets all tokens of its `expert` neighbours, computes its
+  experts' rows, and what each token got is summed and handed back.
+all_to_all: rows go to their experts in blocks of one size.
+ragged_all_to_all: rows go as they are, without padding.
+capacity: GShard's (arXiv 2006.16668): a device sends an expert so many rows
+  and drops the rest, last choices first.
+
+The first three drop nothing. They run in rounds (`rounds`), of which the first
+has room for a quarter more than an equal share and is all there is while the
+experts are balanced to that degree. If everything goes to one device there
+are as many more rounds as it takes, in the same memory.
+"""
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.config import MoEConfig
+from jaxlm.model.experts import combine, dispatch
+from jaxlm.model.routing import sort_by_expert
+from jaxlm.parallel import exchange, mesh
+from jaxlm.parallel.exchange import AXIS
+from jaxlm.parallel.rounds import sum_of_rounds
+from pallas_kernels import manual
+from pallas_kernels.quant import is_quantized
+
+SCHEMES = ("gather", "all_to_all", "ragged_all_to_all", "capacity")
+# A round has room for so many equal shares, and at least so many rows.
+SHARES, LEAST_ROWS = 1.25, 512
+
+
+class Plan(typing.NamedTuple):
+  """All that is known before any token is.
+
+  shards: devices that experts are split over, among those that exchange.
+  columns: sets of such devices that have the same tokens but other experts.
+  local: experts of a device.
+  split: whether the devices that exchange have different tokens.
+  size: rows of a round ("gather", "ragged_all_to_all"), of a block
+    ("all_to_all"), or of an expert ("capacity").
+  most: rounds there can be.
+  compute: (rows, rows of each expert, row weights, weights) to results.
+  """
+  scheme: str
+  shards: int
+  columns: int
+  local: int
+  split: bool
+  size: int
+  most: int
+  compute: typing.Callable
+
+  @property
+  def num_experts(self) -> int:
+    return self.shards * self.local
+
+
+def plan(config: MoEConfig, scheme: str, num_tokens: int, *, split: bool,
+         columns: int, capacity_factor: float, compute) -> Plan:
+  """Of `num_tokens` tokens a device.
+
+  Raises:
+    ValueError: the scheme is unknown or cannot serve this router.
+  """
+  if scheme == "auto":
+    scheme = "ragged_all_to_all"
+  if scheme not in SCHEMES:
+    raise ValueError(f"dispatch={scheme!r}: use one of {('auto', *SCHEMES)}")
+  shards = mesh.axis_size(AXIS)
+  if not split or shards == 1:
+    scheme = "gather"
+  local = config.num_experts // shards // columns
+  rows = num_tokens * config.experts_per_token
+  most_rows = num_tokens * min(config.experts_per_token, local)
+  match scheme:
+    case "all_to_all":
+      least, most_rows = LEAST_ROWS // shards, most_rows
+      rows /= shards
+    case "capacity":
+      size = math.ceil(capacity_factor * rows / config.num_experts)
+      return Plan(scheme, shards, columns, local, split, size, 1, compute)
+    case _:
+      least = LEAST_ROWS
+      if split:
+        most_rows *= shards
+  size = min(most_rows, max(least, 8 * math.ceil(SHARES * rows / 8)))
+  return Plan(scheme, shards, columns, local, split, size,
+              -(-most_rows // size), compute)
+
+
+def run(x_TD, choice, weights, plan: Plan):
+  """Each token's experts, summed: [T, D], to be summed over `tensor`, and
+  over `expert` where all its devices have these tokens."""
+  expert_TA, weight_TA = choice
+  routing = sort_by_expert(
+      _in_column(expert_TA, plan), weight_TA, plan.num_experts,
+      first_choices_first=plan.scheme == "capacity")
+  counts_SE = routing.group_sizes_E[None]
+  if plan.split:
+    counts_SE = lax.all_gather(routing.group_sizes_E, AXIS)
+  return _SCHEMES[plan.scheme](x_TD, routing, counts_SE, weights, plan)
+
+
+def _in_column(expert_TA, plan: Plan):
+  """Numbers of the experts of this device's column; past the last one for
+  those of others."""
+  if plan.columns == 1:
+    return expert_TA
+  block_TA, local_TA = jnp.divmod(expert_TA, plan.local)
+  shard_TA, column_TA = jnp.divmod(block_TA, plan.columns)
+  return jnp.where(column_TA == lax.axis_index("tensor"),
+                   shard_TA * plan.local + local_TA, plan.num_experts)
+
+
+def _gather(x_TD, routing, counts_SE, weights, plan: Plan):
+  x_TD, token_SM, weight_SM = (
+      lax.all_gather(x, AXIS) if plan.split else x[None]
+      for x in (x_TD, routing.token_M, routing.weight_M))
+  sources, tokens, dim = x_TD.shape
+  x_TD = x_TD.reshape(-1, dim)
+  token_SM += tokens * jnp.arange(sources)[:, None]
+  parts = exchange.in_line(counts_SE, plan.shards).of_shard(
+      lax.axis_index(AXIS), plan.shards)
+  # Sources' rows stand one after the other too.
+  first_SL = parts.first_SE + jnp.arange(sources)[:, None] * len(
+      routing.token_M)
+  parts = parts._replace(first_SE=first_SL)
+
+  def one_round(i, floats, others):
+    (x_TD, weight_M, weights), (token_M, parts, quantized) = floats, others
+    first, place, size = exchange.window(parts, i * plan.size, plan.size)
+    index_C = exchange.relocate(jnp.arange(plan.size), place.T, first.T,
+                                size.T, missing=len(token_M))
+    token_C = token_M.at[index_C].get(mode="fill", fill_value=len(x_TD))
+    weight_C = weight_M.at[index_C].get(mode="fill", fill_value=0)
+    y_CD = plan.compute(_rows(x_TD, token_C), jnp.sum(size, 0), weight_C,
+                        _together(weights, quantized))
+    return jax.ops.segment_sum(y_CD.astype(jnp.float32), token_C, len(x_TD))
+
+  weights, quantized = _apart(weights)
+  y_TD = sum_of_rounds(
+      one_round, -(-jnp.sum(parts.size_SE) // plan.size),
+      (x_TD, weight_SM.reshape(-1), weights),
+      (token_SM.reshape(-1), parts, quantized), plan.most).astype(x_TD.dtype)
+  if not plan.split:
+    return y_TD
+  return lax.psum_scatter(y_TD, AXIS, scatter_dimension=0, tiled=True)
+
+
+@jax.custom_vjp
+def _rows(x_TD, token_C):
+  """Rows of x, zeros past its end. Their gradients are summed in float32."""
+  return x_TD.at[token_C].get(mode="fill", fill_value=0)
+
+
+def _rows_backward(residuals, dy_CD):
+  num_tokens, token_C = residuals
+  return jax.ops.segment_sum(dy_CD.astype(jnp.float32), token_C,
+                             num_tokens).astype(dy_CD.dtype), None
+
+
+_rows.defvjp(lambda x_TD, token_C: (_rows(x_TD, token_C),
+                                    (len(x_TD), token_C)), _rows_backward)
+
+
+def _exchanged(x_TD, routing, weights, plan: Plan, rounds, parts, by):
+  """`by` gives, of round i and the parts, what `exchange.by_slots` does."""
+  x_MD = dispatch(x_TD, routing.token_M, routing.row_TA)
+
+  def one_round(i, floats, others):
+    (x_MD, weight_M, weights), (parts, quantized) = floats, others
+    there, back, sizes_L = by(i, parts)
+    y_RD = plan.compute(there(x_MD), sizes_L, there(weight_M),
+                        _together(weights, quantized))
+    return back(y_RD, len(x_MD))
+
+  weights, quantized = _apart(weights)
+  y_MD = sum_of_rounds(one_round, rounds, (x_MD, routing.weight_M, weights),
+                       (parts, quantized), plan.most)
+  return combine(y_MD, routing.token_M, routing.row_TA)
+
+
+def _ragged_all_to_all(x_TD, routing, counts_SE, weights, plan: Plan):
+  rows_SD = _of_shards(counts_SE, plan)
+  rounds = -(-jnp.max(jnp.sum(rows_SD, 0)) // plan.size)
+  return _exchanged(
+      x_TD, routing, weights, plan, _agreed(rounds),
+      exchange.in_line(counts_SE, plan.shards), lambda i, parts:
+      exchange.by_slices(exchange.window(parts, i * plan.size, plan.size),
+                         plan.size))
+
+
+def _all_to_all(x_TD, routing, counts_SE, weights, plan: Plan):
+  rounds = -(-jnp.max(_of_shards(counts_SE, plan)) // plan.size)
+  return _exchanged(
+      x_TD, routing, weights, plan, _agreed(rounds),
+      exchange.in_blocks(counts_SE, plan.shards), lambda i, parts:
+      exchange.by_slots(exchange.window(parts, i * plan.size, plan.size),
+                        plan.size))
+
+
+def _capacity(x_TD, routing, counts_SE, weights, plan: Plan):
+  return _exchanged(
+      x_TD, routing, weights, plan, 1,
+      exchange.in_capacity(counts_SE, plan.size, plan.shards),
+      lambda i, parts: exchange.by_slots(parts, plan.local * plan.size))
+
+
+_SCHEMES = {"gather": _gather, "all_to_all": _all_to_all,
+            "ragged_all_to_all": _ragged_all_to_all, "capacity": _capacity}
+
+
+def _of_shards(counts_SE, plan: Plan):
+  """Rows of each source for each destination."""
+  return jnp.sum(counts_SE.reshape(-1, plan.shards, plan.local), -1)
+
+
+def _agreed(rounds):
+  """As many as any device needs: all take part in every exchange."""
+  return lax.pmax(rounds, tuple(sorted(manual.varying(rounds))))
+
+
+def _apart(weights):
+  """Weights that a gradient is taken of, and those that are quantized."""
+  return (tuple(None if is_quantized(w) else w for w in weights),
+          tuple(w if is_quantized(w) else None for w in weights))
+
+
+def _together(weights, quantized):
+  return tuple(w if q is None else q
+               for w, q in zip(weights, quantized, strict=True))
