@@ -34,7 +34,8 @@ def sum_of_rounds(function, rounds, floats, others, most: int):
 def _rest(function, total, rounds, floats, others):
   def add(i, total):
     return total + manual.like(function(i, floats, others), total)
-  return lax.fori_loop(1, rounds, add, total)
+  with jax.named_scope("rarely"):  # for who plans
+    return lax.fori_loop(1, rounds, add, total)
 
 
 def _forward(function, total, rounds, floats, others):
@@ -50,7 +51,8 @@ def _backward(function, residuals, dy):
     return jax.tree.map(jnp.add, gradients, vjp(dy)[0])
 
   zeros = manual.like(jax.tree.map(jnp.zeros_like, floats), floats)
-  return dy, None, lax.fori_loop(1, rounds, add, zeros), None
+  with jax.named_scope("rarely"):
+    return dy, None, lax.fori_loop(1, rounds, add, zeros), None
 
 
 _rest.defvjp(_forward, _backward)

@@ -8,8 +8,8 @@ import math
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
-# What does the same in many programs of the library.
-_RAGGED = ("ragged_dot", "ragged_dot_general")
+# The scope of what runs only where experts are far from balanced.
+RARELY = "rarely"
 
 
 @dataclasses.dataclass
@@ -33,32 +33,37 @@ class FlopCount:
     self.unknown |= other.unknown
 
 
-def count(closed: ClosedJaxpr, num_devices: int = 1,
-          platform: str = "tpu") -> FlopCount:
+def count(closed: ClosedJaxpr, num_devices: int = 1, platform: str = "tpu",
+          expert_rows: float | None = None) -> FlopCount:
   """FLOPs of each of `num_devices` devices, for a program traced for all.
 
   What is outside `shard_map` counts as split evenly; inside, each device does
   what its program says. Of branches chosen by platform that of `platform`
-  counts, of others the dearest, unless a scope named `share_of_N` around it
-  says that it is taken once in N times. A loop of unknown length counts once.
-  Pallas kernels count as their `cost_estimate` says, or without one as their
-  body for each step of the grid.
+  counts, of others the dearest. A loop of unknown length counts once, or not
+  at all in a scope named "rarely". Pallas kernels count as their
+  `cost_estimate` says, or without one as their body for each step of the grid;
+  those of experts skip the rows of a buffer that are nobody's.
+
+  Args:
+    expert_rows: rows that a device's experts have, in buffers of at least so
+      many; None counts whole buffers.
   """
   jaxpr = partial_eval.dce_jaxpr(
       closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)[0]
-  return _jaxpr(jaxpr, 1 / num_devices, platform)
+  return _jaxpr(jaxpr, 1 / num_devices, (platform, expert_rows))
 
 
-def _jaxpr(jaxpr: Jaxpr, scale: float, platform: str) -> FlopCount:
+def _jaxpr(jaxpr: Jaxpr, scale: float, options) -> FlopCount:
   total = FlopCount()
   for eqn in jaxpr.eqns:
-    total.add(_equation(eqn, scale, platform))
+    total.add(_equation(eqn, scale, options))
   return total
 
 
-def _equation(eqn, scale, platform) -> FlopCount:
+def _equation(eqn, scale, options) -> FlopCount:
   name, params = eqn.primitive.name, eqn.params
-  inner = lambda jaxpr, scale=scale: _jaxpr(_open(jaxpr), scale, platform)
+  platform, expert_rows = options
+  inner = lambda jaxpr, scale=scale: _jaxpr(_open(jaxpr), scale, options)
   total = FlopCount()
   match name:
     case "dot_general":
@@ -71,6 +76,8 @@ def _equation(eqn, scale, platform) -> FlopCount:
       total.matmuls = scale * _convolution(eqn)
     case "scan":
       total.add(inner(params["jaxpr"]), params["length"])
+    case "while" if RARELY in str(eqn.source_info.name_stack):
+      pass
     case "while":
       total = inner(params["body_jaxpr"])
       if total.total:
@@ -83,7 +90,7 @@ def _equation(eqn, scale, platform) -> FlopCount:
       total = inner(params["jaxpr"],
                     scale * math.prod(sizes[axis] for axis in axes))
     case "pallas_call":
-      _kernel(eqn, scale, inner, total)
+      _kernel(eqn, scale * _used(eqn, expert_rows), inner, total)
     case _ if name.startswith("custom_vjp"):
       # Not differentiated: the function, not its rules.
       total = inner(params.get("call_jaxpr") or params["fun_jaxpr"])
@@ -130,17 +137,15 @@ def _branch(eqn, inner, platform) -> FlopCount:
     index = next(i for i, names in enumerate(chosen)
                  if names is None or platform in names)
     return inner(branches[index])
-  counts = [inner(branch) for branch in branches]
-  dearest = max(counts, key=lambda count: count.total)
-  total = FlopCount()
-  total.add(dearest, 1 / _share(eqn))
-  return total
+  return max(map(inner, branches), key=lambda count: count.total)
 
 
-def _share(eqn) -> int:
-  scopes = str(eqn.source_info.name_stack).split("/")
-  return math.prod(int(scope.rpartition("_")[2]) for scope in scopes
-                   if scope.startswith("share_of_"))
+def _used(eqn, expert_rows) -> float:
+  if expert_rows is None or not eqn.params["name"].startswith("expert_"):
+    return 1.0
+  rows = max(v.aval.shape[0] for v in (*eqn.invars, *eqn.outvars)
+             if v.aval.ndim == 2)
+  return min(1.0, expert_rows / rows)
 
 
 def _kernel(eqn, scale, inner, total: FlopCount):

@@ -5,6 +5,8 @@ import re
 
 import numpy as np
 
+from jaxlm.plan.flops import RARELY
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all",
          "ragged-all-to-all", "collective-permute", "collective-broadcast")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}
@@ -53,7 +55,8 @@ class Collective:
 def collectives(text: str, mesh_shape: dict[str, int]) -> list[Collective]:
   """The collectives of a compiled program.
 
-  Loops count as often as they go round (once if that is not known). TPUs spell
+  Loops count as often as they go round (once if that is not known; not at all
+  in a scope named "rarely"). TPUs spell
   a reduce-scatter as an all-reduce in a fusion of its own, and cut one
   collective in pieces that run beside computation: those count once.
   """
@@ -116,6 +119,8 @@ class _Reader:
   def _walk(self, name: str, times: float, fragments: bool, path):
     for index, instruction in enumerate(self.computations.get(name, ())):
       kind = instruction.opcode.removesuffix("-start")
+      if f"/{RARELY}/" in instruction.op_name:
+        continue
       if kind in KINDS:
         self._add(name, instruction, kind, times,
                   None if fragments else (*path, name, index))

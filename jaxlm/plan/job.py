@@ -50,6 +50,16 @@ class Job:
     return self.batch * (1 if self.task == "decode" else self.seq)
 
   @property
+  def expert_rows(self) -> float | None:
+    """Rows that a device's experts have, if they are balanced."""
+    if self.config.moe is None:
+      return None
+    split = self.batch_parts * self.mesh_shape["context"]
+    if self.weights == "mxfp4":  # tensor splits the experts too
+      split *= self.mesh_shape["tensor"]
+    return self.tokens * self.config.moe.experts_per_token / split
+
+  @property
   def execution(self) -> Execution:
     if self.task == "train":
       return Execution(dtype="bfloat16", remat="full")

@@ -81,7 +81,8 @@ def by_compiling(job: Job, fast: bool = False, use_cache: bool = True) -> Plan:
   mesh = programs.topology_mesh(job.slice, job.sizes)
   state = programs.bytes_by_kind(job, mesh)
   trace = programs.traced(job, mesh)
-  counted = flops.count(trace.jaxpr, job.slice.size)
+  counted = flops.count(trace.jaxpr, job.slice.size,
+                        expert_rows=job.expert_rows)
   lowered = programs.lowered(trace, mesh)
   lowering = time.perf_counter() - start
   found = compiled_lib.compile_job(job, lowered, sum(state.values()), fast,
