@@ -56,27 +56,34 @@ def prompt(config) -> np.ndarray:
       0, config.vocab_size, (1, PROMPT), dtype=np.int32)
 
 
-def ours(config, params, dtype: str, repeats: int):
-  """Tokens per second of the prompt and of decoding."""
-  execution = Execution(dtype=dtype, scan_layers=False)
-  tokens, lengths = prompt(config), np.array([PROMPT], np.int32)
+def timed(config, params, tokens_BT, new: int, execution: Execution,
+          repeats: int) -> tuple[list[float], list[float]]:
+  """Seconds of each reading of the prompts, and of each decoding of `new` - 1
+  tokens after the first; what compiles is left out."""
+  lengths = np.full(len(tokens_BT), tokens_BT.shape[1], np.int32)
   greedy, stop = Sampling().checked(), np.zeros(0, np.int32)
   prompt_times, decode_times = [], []
   for _ in range(repeats + 1):
     begin = time.perf_counter()
     logits, cache = jax.block_until_ready(prefill(
-        config, params, tokens, lengths, max_length=PROMPT + NEW,
-        execution=execution))
+        config, params, tokens_BT, lengths,
+        max_length=tokens_BT.shape[1] + new, execution=execution))
     prompt_times.append(time.perf_counter() - begin)
-    state = start(config, cache, logits, tokens, lengths, jax.random.key(0),
-                  greedy, stop)
+    state = start(config, cache, logits, tokens_BT, lengths,
+                  jax.random.key(0), greedy, stop)
     jax.block_until_ready(state)
     begin = time.perf_counter()
     jax.block_until_ready(decode(
-        config, params, state, greedy, stop, np.int32(NEW - 1), most=NEW - 1,
+        config, params, state, greedy, stop, np.int32(new - 1), most=new - 1,
         execution=execution))
     decode_times.append(time.perf_counter() - begin)
-  return _rates(prompt_times, decode_times)
+  return prompt_times[1:], decode_times[1:]
+
+
+def ours(config, params, dtype: str, repeats: int):
+  """Tokens per second of the prompt and of decoding."""
+  return _rates(*timed(config, params, prompt(config), NEW,
+                       Execution(dtype=dtype, scan_layers=False), repeats))
 
 
 def peer(net, config, repeats: int):
@@ -95,13 +102,12 @@ def peer(net, config, repeats: int):
         out = net(input_ids=token, past_key_values=out.past_key_values,
                   use_cache=True)
       decode_times.append(time.perf_counter() - begin)
-  return _rates(prompt_times, decode_times)
+  return _rates(prompt_times[1:], decode_times[1:])  # without warming up
 
 
 def _rates(prompt_times, decode_times):
-  """The first of each compiles or warms up."""
-  return (PROMPT / statistics.median(prompt_times[1:]),
-          (NEW - 1) / statistics.median(decode_times[1:]))
+  return (PROMPT / statistics.median(prompt_times),
+          (NEW - 1) / statistics.median(decode_times))
 
 
 def gpt_oss_like(dtype: str):

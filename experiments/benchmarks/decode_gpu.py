@@ -14,17 +14,16 @@ tiny` is a gpt-oss small enough for a CPU.
 import argparse
 import dataclasses
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxlm
+from experiments.benchmarks.decode import timed
 from experiments.benchmarks.gpu_timing import copy_rate, report
 from experiments.benchmarks.kernels_gpu_experts import random_mxfp4
 from jaxlm.config import ModelConfig
-from jaxlm.decode import Sampling, decode, prefill, start
 from jaxlm.model.costs import cache_bytes
 from jaxlm.model.transformer import Execution, abstract_params, per_layer
 from pallas_kernels.quant import is_quantized
@@ -82,24 +81,11 @@ def bytes_read(config: ModelConfig, params: dict, batch: int,
 def steps_per_second(config, params, batch: int, prompt: int, new: int,
                      repeats: int) -> float:
   """Of the decoding loop alone, the best of `repeats`."""
-  execution = Execution(dtype="bfloat16", scan_layers=False)
   tokens = np.random.default_rng(0).integers(
       0, config.vocab_size, (batch, prompt), dtype=np.int32)
-  lengths = np.full(batch, prompt, np.int32)
-  greedy, stop = Sampling().checked(), np.zeros(0, np.int32)
-  times = []
-  for _ in range(repeats + 1):  # the first compiles
-    logits, cache = prefill(config, params, tokens, lengths,
-                            max_length=prompt + new, execution=execution)
-    state = start(config, cache, logits, tokens, lengths, jax.random.key(0),
-                  greedy, stop)
-    jax.block_until_ready(state)
-    begin = time.perf_counter()
-    jax.block_until_ready(decode(
-        config, params, state, greedy, stop, np.int32(new - 1), most=new - 1,
-        execution=execution))
-    times.append(time.perf_counter() - begin)
-  return (new - 1) / min(times[1:])
+  execution = Execution(dtype="bfloat16", scan_layers=False)
+  _, times = timed(config, params, tokens, new, execution, repeats)
+  return (new - 1) / min(times)
 
 
 def main():

@@ -223,11 +223,12 @@ def _job(name: str, options: dict):
   return f"experiments.benchmarks.kernels_tpu:{name}", options
 
 
-def cycles_of(names: list[str], generation: str,
-              blocks: dict | None = None) -> list[int | str]:
-  """The cycles of each case, or the error that there is instead."""
+def cycles_of(tried: list[tuple[str, dict | None]],
+              generation: str) -> list[int | str]:
+  """The cycles of each case with such blocks (None: the best known), or the
+  error that there is instead."""
   jobs, parts = [], []
-  for name in names:
+  for name, blocks in tried:
     case = CASES[name]
     options = case.options | ({"blocks": blocks} if blocks else {})
     option, *values = case.grown[:3] if case.grown else ("blocks",
@@ -235,7 +236,7 @@ def cycles_of(names: list[str], generation: str,
     jobs += [_job(case.job, options | {option: value}) for value in values]
     parts.append(len(values))
   results, found = iter(tpu_static.estimate(generation, jobs)), []
-  for name, count in zip(names, parts):
+  for (name, _), count in zip(tried, parts):
     case, mine = CASES[name], [next(results) for _ in range(count)]
     if errors := [x["error"] for x in mine if "error" in x]:
       found.append(errors[0])
@@ -253,7 +254,8 @@ def measure(names: list[str], generation: str) -> list[dict]:
   """For each case its figure, or the error that there is instead."""
   return [{"kernel": name, "generation": generation, "error": found}
           if isinstance(found, str) else figure(name, generation, found)
-          for name, found in zip(names, cycles_of(names, generation))]
+          for name, found in zip(names, cycles_of(
+              [(name, None) for name in names], generation))]
 
 
 def peers(generation: str) -> list[dict]:
@@ -287,7 +289,8 @@ def _write(figures):
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--kernels", nargs="+", choices=CASES, default=[*CASES],
-                      metavar="NAME", help=", ".join(CASES))
+                      metavar="NAME", help="of " + ", ".join(CASES)
+                      + "; all, and their peers, by default")
   parser.add_argument("--generations", nargs="+", metavar="NAME",
                       choices=tpu_static.GENERATIONS,
                       default=[*tpu_static.GENERATIONS],
@@ -303,8 +306,9 @@ def main():
       print(json.dumps(row), flush=True)
     if arguments.write:
       _write([row for row in figures if "error" not in row])
-    for row in peers(generation):
-      print(json.dumps(row), flush=True)
+    if arguments.kernels == [*CASES]:
+      for row in peers(generation):
+        print(json.dumps(row), flush=True)
   raise SystemExit(bool(failed))
 
 

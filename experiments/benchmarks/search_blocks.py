@@ -2,9 +2,10 @@
 
   python -m experiments.benchmarks.search_blocks "window 128, forward" v6e
 
-Compiles the kernel with every combination of the sizes below that its
-dataclass accepts, and prints them from the best to the worst. What is found
-best goes into the defaults of the dataclass. Needs libtpu.
+Compiles the kernel with every combination of the sizes below, and prints them
+from the best to the worst, then those that its dataclass or the compiler
+refuses. What is found best goes into the defaults of the dataclass. Needs
+libtpu.
 """
 import argparse
 import itertools
@@ -31,15 +32,19 @@ def candidates(name: str) -> list[dict]:
           for values in itertools.product(*sizes.values())]
 
 
-def search(name: str, generation: str) -> list[tuple[float, dict]]:
-  """(share of the roofline, sizes), the best first; errors are left out."""
-  found = []
-  for sizes in candidates(name):
-    cycles, = kernels_tpu.cycles_of([name], generation, sizes)
-    if not isinstance(cycles, str):
+def search(name: str, generation: str):
+  """(share of the roofline, sizes), the best first; and (error, sizes) of
+  those that do not compile."""
+  tried = candidates(name)
+  found, failed = [], []
+  for sizes, cycles in zip(tried, kernels_tpu.cycles_of(
+      [(name, sizes) for sizes in tried], generation)):
+    if isinstance(cycles, str):
+      failed.append((cycles, sizes))
+    else:
       row = kernels_tpu.figure(name, generation, cycles)
       found.append((row["percent"], sizes))
-  return sorted(found, key=lambda x: -x[0])
+  return sorted(found, key=lambda x: -x[0]), failed
 
 
 def main():
@@ -47,8 +52,12 @@ def main():
   parser.add_argument("kernel", choices=kernels_tpu.CASES)
   parser.add_argument("generation", choices=tpu_static.GENERATIONS)
   arguments = parser.parse_args()
-  for percent, sizes in search(arguments.kernel, arguments.generation):
+  found, failed = search(arguments.kernel, arguments.generation)
+  for percent, sizes in found:
     print(json.dumps({"percent": percent} | sizes))
+  for error, sizes in failed:
+    print(json.dumps(sizes | {"error": error}))
+  raise SystemExit(not found)
 
 
 if __name__ == "__main__":

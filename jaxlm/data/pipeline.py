@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -22,10 +22,14 @@ class BatchIterator:
   """An endless iterator of batches whose position can be saved."""
 
   def __init__(
-      self, rows: packing.Rows, batch_size: int, seed: int, local: slice
+      self,
+      rows: packing.Rows,
+      batch_size: int,
+      seed: int,
+      local_rows: Sequence[int],
   ):
     self._rows = rows
-    self._local = local
+    self._local_rows = local_rows
     self._next_batch = 0
     self._identity = {
         "seed": seed,
@@ -38,8 +42,7 @@ class BatchIterator:
 
   def __next__(self) -> packing.Batch:
     first = self._next_batch * self._identity["batch_size"]
-    positions = range(first + self._local.start, first + self._local.stop)
-    batch = self._rows.take([self._row_at(i) for i in positions])
+    batch = self._rows.take([self._row_at(first + i) for i in self._local_rows])
     self._next_batch += 1
     return batch
 
@@ -89,27 +92,33 @@ def batches(
     seed: int,
     *,
     start_state: dict[str, Any] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    local_rows: Sequence[int] | None = None,
 ) -> BatchIterator:
   """Endless shuffled batches of `rows`; each epoch has an order of its own.
 
   Args:
     rows: what to draw from, each row once an epoch.
-    batch_size: of the whole batch over all processes. Each process gets its
-      consecutive share, so the order does not depend on their number.
-    seed: decides the order, alone.
+    batch_size: of the whole batch over all processes.
+    seed: decides the order, alone: not the number of processes.
     start_state: a `get_state()` to continue from.
-    process_index: this process, as jax.process_index().
-    process_count: how many there are, as jax.process_count().
+    local_rows: which rows of each batch this process reads; all by default.
 
   Returns:
-    An iterator of `Rows.take` dicts with B = batch_size / process_count.
+    An iterator of `Rows.take` dicts of these rows.
   """
-  local = _local_slice(batch_size, process_index, process_count)
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size} must be at least 1")
+  if local_rows is None:
+    local_rows = range(batch_size)
+  elif not len(local_rows) or not 0 <= min(local_rows) <= max(
+      local_rows) < batch_size:
+    raise ValueError(
+        f"local_rows={list(local_rows)} must name rows of a batch of "
+        f"batch_size={batch_size}"
+    )
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed={seed} must lie in 0..2**32-1")
-  iterator = BatchIterator(rows, batch_size, seed, local)
+  iterator = BatchIterator(rows, batch_size, seed, local_rows)
   if start_state is not None:
     iterator.set_state(start_state)
   return iterator
@@ -119,16 +128,14 @@ def eval_batches(
     rows: packing.Rows,
     batch_size: int,
     num_batches: int | None = None,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[packing.Batch]:
   """The same batches every time, evenly spread over `rows`, in order.
 
   No row occurs twice: fewer batches come when the rows run out, and the last
   is filled up with padding rows (mask False). None takes every row.
   """
-  local = _local_slice(batch_size, process_index, process_count)
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size} must be at least 1")
   if num_batches is not None and num_batches < 1:
     raise ValueError(f"num_batches={num_batches} must be at least 1")
   count = len(rows)
@@ -136,16 +143,16 @@ def eval_batches(
     count = min(count, batch_size * num_batches)
   index = np.arange(count) * len(rows) // count
   return (
-      _padded(rows, index[first : first + batch_size][local], local)
+      _padded(rows, index[first : first + batch_size], batch_size)
       for first in range(0, count, batch_size)
   )
 
 
 def _padded(
-    rows: packing.Rows, index_B: np.ndarray, local: slice
+    rows: packing.Rows, index_B: np.ndarray, batch_size: int
 ) -> packing.Batch:
   batch = rows.take(index_B)
-  missing = local.stop - local.start - len(index_B)
+  missing = batch_size - len(index_B)
   if not missing:
     return batch
   blank = rows.blank(missing)
@@ -220,19 +227,3 @@ def prefetch(iterator: Any, size: int = 2) -> Prefetch:
     raise ValueError(f"size={size} must be at least 1")
   return Prefetch(iterator, size)
 
-
-def _local_slice(
-    batch_size: int, process_index: int, process_count: int
-) -> slice:
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-        f"process_index={process_index} must lie in "
-        f"0..process_count-1={process_count - 1}"
-    )
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-        f"batch_size={batch_size} must be a positive multiple of "
-        f"process_count={process_count}"
-    )
-  size = batch_size // process_count
-  return slice(process_index * size, (process_index + 1) * size)

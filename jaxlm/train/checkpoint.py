@@ -1,7 +1,9 @@
 """Checkpoints that are whole, of this run, and as they were written.
 
-Orbax writes them, in the background and atomically. It cannot tell a flipped
-bit, so a fingerprint of every leaf is kept beside them.
+Orbax writes them, in the background and atomically, each process the parts of
+the arrays that its devices have. It cannot tell a flipped bit, so a fingerprint
+of every leaf is kept beside them. How the arrays are split is no part of a
+checkpoint: they may be restored onto other devices than they were saved from.
 """
 import json
 import pathlib
@@ -10,8 +12,10 @@ import zlib
 
 from flax import traverse_util
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
+
+from jaxlm.parallel.multihost import everyone, is_main
+from jaxlm.train.fingerprint import fingerprints
 
 
 class CheckpointError(ValueError):
@@ -19,22 +23,28 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-  """The newest `keep` checkpoints of a run, DIRECTORY/STEP.
+  """The newest `keep` checkpoints of a run and the `keep_best` of the least
+  eval_loss, DIRECTORY/STEP.
 
-  Each has the leaves of a pytree and `about`, a JSON-able dict.
+  Each has the leaves of a pytree and `about`, a JSON-able dict. With several
+  processes all make the same calls, and the directory is one for all.
   """
 
-  def __init__(self, directory, keep: int):
+  def __init__(self, directory, keep: int, keep_best: int = 0):
     self._directory = pathlib.Path(directory).absolute()
+    self._eval_loss = {}
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
       self._manager = ocp.CheckpointManager(
           self._directory, options=ocp.CheckpointManagerOptions(
-              max_to_keep=keep, cleanup_tmp_directories=True))
+              preservation_policy=_Preserve(keep, keep_best, self._loss_of),
+              cleanup_tmp_directories=True,
+              multiprocessing_options=_processes(range(jax.process_count()))))
     except OSError as error:
       raise self._unwritable(error) from error
 
-  def save(self, step: int, state, about: dict) -> None:
+  def save(self, step: int, state, about: dict,
+           eval_loss: float | None = None) -> None:
     """Begins to save; `state` may be donated when this returns.
 
     Raises:
@@ -42,13 +52,14 @@ class Checkpoints:
       CheckpointError: this or the previous checkpoint cannot be written.
     """
     leaves = named_leaves(state)
-    for name, leaf in leaves.items():
-      # The sum needs no second array; it is finite only if all entries are.
-      if not np.isfinite(np.sum(np.asarray(leaf))):
+    found = fingerprints(leaves)
+    for name, (_, finite) in found.items():
+      if not finite:
         raise FloatingPointError(f"{name} is not finite")
-    about = {**about, "step": step, "leaves": {
-        name: [*_shape_dtype(leaf), _fingerprint(leaf)]
+    about = {**about, "step": step, "eval_loss": eval_loss, "leaves": {
+        name: [*_shape_dtype(leaf), found[name][0]]
         for name, leaf in leaves.items()}}
+    self._eval_loss[step] = eval_loss
     try:
       self._manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(
@@ -95,22 +106,18 @@ class Checkpoints:
       CheckpointError: there are checkpoints, all of them damaged.
     """
     damaged = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    for step in everyone(sorted(self._manager.all_steps(), reverse=True))[0]:
       where = self._directory / str(step)
-      try:
-        about = self._read_about(step)
-      except Exception as error:  # whatever orbax makes of damaged files
-        damaged[step] = _first_line(error)
-        continue
-      check_same(where, about, expected)
-      check_leaves(where, about["leaves"], abstract)
-      try:
-        state = self._read_state(step, about, abstract)
-      except Exception as error:
-        damaged[step] = _first_line(error)
-        continue
-      self._move_aside(damaged, step)
-      return state, about
+      about, why = _try(self._read_about, step)
+      if not why:
+        check_same(where, about, expected)
+        check_leaves(where, about["leaves"], abstract)
+        state, why = _try(self._read_state, step, abstract)
+      why = why or _changed(about, state)
+      if not why:
+        self._move_aside(damaged, step)
+        return state, about
+      damaged[step] = why
     if damaged:
       raise CheckpointError(
           f"{self._directory}: no checkpoint can be read, "
@@ -119,35 +126,91 @@ class Checkpoints:
     return None
 
   def _read_about(self, step: int) -> dict:
-    about = self._manager.restore(step, args=ocp.args.Composite(
-        about=ocp.args.JsonRestore()))["about"]
+    about = json.loads(
+        (self._directory / str(step) / "about" / "metadata").read_bytes())
     if about.pop("crc32") != _text_crc32(about):
       raise ValueError("its description is damaged")
     return about
 
-  def _read_state(self, step: int, about: dict, abstract):
+  def _read_state(self, step: int, abstract):
     tree = traverse_util.unflatten_dict(named_leaves(abstract), sep="/")
-    tree = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(tree)))["state"]
+    # Each for itself: who waits for one that failed would wait long.
+    alone = _processes([jax.process_index()])
+    with ocp.Checkpointer(
+        ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        multiprocessing_options=alone) as reader:
+      tree = reader.restore(self._directory / str(step) / "state",
+                            args=ocp.args.StandardRestore(tree))
     leaves = traverse_util.flatten_dict(tree, sep="/")
-    wrong = [name for name, (*_, saved) in about["leaves"].items()
-             if _fingerprint(leaves[name]) != saved]
-    if wrong:
-      raise ValueError(f"not as it was saved: {', '.join(wrong)}")
     return jax.tree.unflatten(jax.tree.structure(abstract),
                               [leaves[name] for name in named_leaves(abstract)])
 
+  def _loss_of(self, step: int) -> float | None:
+    """The eval_loss a checkpoint was saved with, if any."""
+    if step not in self._eval_loss:
+      try:
+        self._eval_loss[step] = self._read_about(step)["eval_loss"]
+      except (OSError, ValueError, KeyError):
+        self._eval_loss[step] = None
+    return self._eval_loss[step]
+
   def _move_aside(self, damaged: dict[int, str], good: int) -> None:
-    for step, why in damaged.items():
-      aside = self._directory.with_name(f"{self._directory.name}-damaged")
-      aside.mkdir(exist_ok=True)
-      number = len(list(aside.iterdir()))
-      target = aside / f"{step}-{number}"
-      (self._directory / str(step)).rename(target)
-      warnings.warn(f"the checkpoint of step {step} is damaged ({why}): moved "
-                    f"to {target}; going on from step {good}", RuntimeWarning)
-    if damaged:
-      self._manager.reload()
+    if not damaged:
+      return
+    if is_main():
+      for step, why in damaged.items():
+        aside = self._directory.with_name(f"{self._directory.name}-damaged")
+        aside.mkdir(exist_ok=True)
+        target = aside / f"{step}-{len(list(aside.iterdir()))}"
+        (self._directory / str(step)).rename(target)
+        warnings.warn(f"the checkpoint of step {step} is damaged ({why}): "
+                      f"moved to {target}; going on from step {good}",
+                      RuntimeWarning)
+    everyone("moved")
+    self._manager.reload()
+
+
+class _Preserve:
+  """Which checkpoints stay when a new one is there, as orbax asks it."""
+
+  def __init__(self, keep: int, keep_best: int, loss_of):
+    self._keep, self._keep_best, self._loss_of = keep, keep_best, loss_of
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    steps = sorted(checkpoint.step for checkpoint in checkpoints)
+    stay = set(steps[-self._keep:])
+    if self._keep_best:
+      losses = {step: self._loss_of(step) for step in steps}
+      told = [step for step in steps if losses[step] is not None]
+      stay |= set(sorted(told, key=losses.get)[:self._keep_best])
+    return [checkpoint.step in stay for checkpoint in checkpoints]
+
+
+def _processes(indices) -> ocp.options.MultiprocessingOptions:
+  """Orbax waits for these processes, and the first does what one must do."""
+  if jax.process_count() == 1:
+    return ocp.options.MultiprocessingOptions()
+  return ocp.options.MultiprocessingOptions(
+      primary_host=indices[0], active_processes=set(indices))
+
+
+def _try(function, *args):
+  """(result, ""), or why it failed here or in another process."""
+  result, why = None, ""
+  try:
+    result = function(*args)
+  except Exception as error:  # whatever orbax makes of damaged files
+    why = _first_line(error)
+  return result, next(filter(None, everyone(why)), "")
+
+
+def _changed(about: dict, state) -> str:
+  """Which leaves are not as they were saved."""
+  found = fingerprints(named_leaves(state))
+  wrong = [name for name, (*_, saved) in about["leaves"].items()
+           if found[name][0] != saved]
+  return f"not as it was saved: {', '.join(wrong)}" if wrong else ""
 
 
 def named_leaves(tree) -> dict:
@@ -189,10 +252,6 @@ def check_leaves(where, saved: dict, abstract) -> None:
 
 def _shape_dtype(leaf) -> list:
   return [list(leaf.shape), str(leaf.dtype)]
-
-
-def _fingerprint(leaf) -> int:
-  return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
 
 
 def _text_crc32(about: dict) -> int:

@@ -30,7 +30,10 @@ class Evaluation:
 
 
 class Heldout:
-  """The same batches at every evaluation, kept on the device."""
+  """The same batches at every evaluation, kept on the devices.
+
+  Each process reads all of them, to count their bytes.
+  """
 
   def __init__(self, programs: Programs, train_config: TrainConfig,
                data: DataBundle):
@@ -43,7 +46,7 @@ class Heldout:
     if not self._num_bytes:
       raise ValueError("the held-out text has no byte to predict: hold more "
                        "out (heldout_fraction), or evaluate on more batches")
-    self.batches = [jax.device_put(batch) for batch in found]
+    self.batches = [programs.place(batch) for batch in found]
 
   def begin(self, params) -> dict[str, jax.Array]:
     """Sums over the batches; returns while they are being computed."""

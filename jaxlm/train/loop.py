@@ -1,6 +1,6 @@
 """A run of training, from the first step or from where it stopped."""
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import math
@@ -10,11 +10,13 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from jaxlm.config import ModelConfig
 from jaxlm.config_dict import to_dict
 from jaxlm.data.bundle import DataBundle
 from jaxlm.data.pipeline import prefetch
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.train.checkpoint import CheckpointError, Checkpoints
 from jaxlm.train.evaluation import Heldout, RouterLoad
 from jaxlm.train.metrics import LossWatch, MetricsWriter
@@ -23,7 +25,8 @@ from jaxlm.train.signals import Interrupted, Signals
 from jaxlm.train.step import TrainConfig, check_together
 
 # Of TrainConfig, what a run that continues may have otherwise.
-MAY_CHANGE = ("log_every", "checkpoint_every", "keep", "spike_factor")
+MAY_CHANGE = ("log_every", "checkpoint_every", "keep", "keep_best",
+              "spike_factor")
 
 
 class Diverged(ArithmeticError):
@@ -59,7 +62,7 @@ class TrainResult:
 def train(model_config: ModelConfig, train_config: TrainConfig,
           data: DataBundle, workdir, *, seeds: Sequence[int] = (0,),
           on_step: Callable[[int, dict[str, float]], None] | None = None,
-          ) -> list[TrainResult]:
+          mesh: Mapping[str, int] | Mesh | None = None) -> list[TrainResult]:
   """Trains to the last step, one result for each seed.
 
   Several seeds train together under vmap, each with its own initial
@@ -69,10 +72,16 @@ def train(model_config: ModelConfig, train_config: TrainConfig,
   WORKDIR/seed_N/ gets metrics.jsonl and TensorBoard files;
   WORKDIR/seed_N/checkpoints (or seeds_N_M.../checkpoints) the checkpoints.
 
+  With several processes (`jaxlm.parallel.multihost`) each makes this call and
+  each sees WORKDIR; the first writes the metrics, all the checkpoints.
+
   Args:
     on_step: called with each step's number and metrics, means over the seeds:
       loss, grad_norm, learning_rate, tokens, seconds, tokens_per_second, and
       on evaluations eval_loss and eval_bits_per_byte; a step behind.
+    mesh: splits one seed's state and batches over devices: a mesh of
+      `jaxlm.parallel.mesh`, or the sizes of its axes. Another mesh may go on
+      with the same run.
 
   Raises:
     ValueError: configs, data or a checkpoint that do not belong together.
@@ -86,10 +95,11 @@ def train(model_config: ModelConfig, train_config: TrainConfig,
   if len(set(seeds)) != len(seeds) or not seeds or min(seeds) < 0:
     raise ValueError(f"seeds={list(seeds)}: name at least one, none twice and "
                      "none below 0")
+  mesh = _checked_mesh(mesh, seeds)
   with Signals() as signals:
     with contextlib.ExitStack() as stack:
       run = _Run(model_config, train_config, data, pathlib.Path(workdir),
-                 seeds, on_step, stack)
+                 seeds, on_step, mesh, stack)
       while run.step < train_config.steps and not signals.received:
         run.advance()
       run.save()
@@ -97,6 +107,20 @@ def train(model_config: ModelConfig, train_config: TrainConfig,
     if signals.received:  # by now all is on disk
       raise Interrupted(signals.received, run.step)
   return results
+
+
+def _checked_mesh(mesh, seeds) -> Mesh | None:
+  if mesh is None:
+    if jax.process_count() > 1:
+      raise ValueError(f"mesh=None uses one device of {jax.device_count()} on "
+                       f"{jax.process_count()} processes: name a mesh, such as "
+                       f"{{'data': {jax.device_count()}}}")
+    return None
+  if len(seeds) > 1:
+    raise ValueError(f"seeds={list(seeds)} with a mesh: seeds that train "
+                     "together stay on one device; give one seed a call, or "
+                     "leave out the mesh")
+  return mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
 
 
 def check_data(model_config: ModelConfig, train_config: TrainConfig,
@@ -121,22 +145,22 @@ class _Run:
   """A run under way. Nothing in it waits for the step just begun."""
 
   def __init__(self, model_config, train_config, data, workdir, seeds, on_step,
-               stack):
+               mesh, stack):
     self.config, self.seeds, self.on_step = train_config, seeds, on_step
-    self.programs = Programs(model_config, train_config, seeds)
+    self.programs = Programs(model_config, train_config, seeds, mesh)
     self.heldout = Heldout(self.programs, train_config, data)
     names = [f"seed_{seed}" for seed in seeds]
     self.checkpoints = Checkpoints(
         workdir / (names[0] if len(seeds) == 1 else
                    "seeds_" + "_".join(map(str, seeds))) / "checkpoints",
-        train_config.keep)
+        train_config.keep, train_config.keep_best)
     stack.push(self._leave)
     self.identity = {"seeds": list(seeds), "model": to_dict(model_config),
                      "train": {name: value for name, value
                                in to_dict(train_config).items()
                                if name not in MAY_CHANGE}}
-    self.batches = prefetch(SeedBatches(data.train, train_config.batch_size,
-                                        seeds))
+    self.batches = prefetch(SeedBatches(
+        data.train, train_config.batch_size, seeds, self.programs.local_rows))
     stack.callback(self.batches.close)
     recent = self._restore()
     self.watches = [LossWatch(train_config.spike_factor, r) for r in recent]

@@ -58,8 +58,10 @@ class TrainConfig:
   parts, one after the other. z_loss: weight of logsumexp(logits)^2.
 
   eval_every, checkpoint_every: steps between, besides the last; 0 is the last
-  alone. eval_batches: of the held-out rows. keep: checkpoints. log_every:
-  steps between lines of metrics, besides evaluations and the last step.
+  alone. eval_batches: of the held-out rows. keep: the newest checkpoints.
+  keep_best: besides, those of the least eval_loss, of steps that were
+  evaluated. log_every: steps between lines of metrics, besides evaluations and
+  the last step.
   spike_factor: a loss above this many times the median of the steps before it
   (and above this many nats) ends the run; 0 lets every finite loss pass.
   """
@@ -76,13 +78,15 @@ class TrainConfig:
   log_every: int = 10
   checkpoint_every: int = 0
   keep: int = 2
+  keep_best: int = 0
   spike_factor: float = 2.0
 
   def __post_init__(self):
     for names, least in (
         (("steps", "batch_size", "seq_len", "accumulate", "eval_batches",
           "log_every", "keep"), 1),
-        (("eval_every", "checkpoint_every", "z_loss", "spike_factor"), 0)):
+        (("eval_every", "checkpoint_every", "keep_best", "z_loss",
+          "spike_factor"), 0)):
       for name in names:
         if not getattr(self, name) >= least:
           raise ValueError(f"train {name}={getattr(self, name)}: must be at "

@@ -4,7 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import choice, platforms
+from pallas_kernels import choice, platforms, vma
 from pallas_kernels.windowed_attention import gpu, reference, tpu, xla
 from pallas_kernels.windowed_attention.decode import cached_attention
 from pallas_kernels.windowed_attention.options import Options
@@ -59,8 +59,8 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
   best = choice.choose(
       IMPLEMENTATIONS, PREFERRED.get(platforms.platform(), ()), implementation,
       (q_BTNH, k_BSKH, v_BSKH, segment_ids, options), ("reference",))
-  return _attention(best, implementation == "auto", options, q_BTNH, k_BSKH,
-                    v_BSKH, sinks_N, segment_ids)
+  return _attention(best, implementation == "auto", options, *vma.aligned(
+      q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids))
 
 
 def unsupported(implementation: str, q_BTNH, k_BSKH, v_BSKH, *, window, scale,

@@ -1,7 +1,7 @@
 """The decode form of windowed attention: a few queries over a cache."""
 import jax.numpy as jnp
 
-from pallas_kernels import choice, platforms
+from pallas_kernels import choice, platforms, vma
 from pallas_kernels.windowed_attention import (decode_gpu, decode_tpu,
                                                decode_xla, reference)
 from pallas_kernels.windowed_attention.options import CacheOptions
@@ -50,8 +50,9 @@ def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
   """
   _validate(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
             k_positions_BS, window, sinks_N, v_head_dim)
-  arrays = (q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
-            k_positions_BS)
+  *arrays, sinks_N = vma.aligned(
+      q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS,
+      sinks_N)
   options = CacheOptions(window, scale, soft_cap, v_head_dim, blocks,
                          interpret)
   if implementation == "reference":

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import vma
 from pallas_kernels.windowed_attention import gpu, gpu_tiles
 from pallas_kernels.windowed_attention.gpu_tiles import (LOG2_E, Problem, Tile,
                                                          flat_spec, padded)
@@ -208,10 +209,10 @@ def forward(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, q_positions_BT,
     sinks_N = sinks_N.astype(jnp.float32)
   sinks_spec = None if sinks_N is None else pl.BlockSpec(
       sinks_N.shape, lambda _, batch: (0,))
-  o = gpu_tiles.like(q_BTNH, (batch, rows * p.v_head_dim))
+  o = vma.shape_like(q_BTNH, (batch, rows * p.v_head_dim))
   outputs = [o, None, None]
   if parts > 1:
-    outputs = [gpu_tiles.like(q_BTNH, (batch, parts * size), jnp.float32)
+    outputs = [vma.shape_like(q_BTNH, (batch, parts * size), jnp.float32)
                for size in (rows * p.v_head_dim, rows, rows)]
   out_specs = [None if x is None else flat_spec(x) for x in outputs]
   found = pl.pallas_call(

@@ -34,12 +34,12 @@ import functools
 import math
 import typing
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import vma
 from pallas_kernels.windowed_attention import reference
 
 LOG2E = math.log2(math.e)
@@ -352,7 +352,7 @@ def call(plan: _Plan, interpret, *operands):
                    lambda i, s, *used: (at(i, s, *used), i, 0, 0)),
       pl.BlockSpec(sinks.shape, lambda *_: (0, 0)), row(q_PHR, packs),
       *(cache(x) if i % 2 else row(x) for i, x in enumerate(keys_and_values))]
-  out = jax.ShapeDtypeStruct((batch, rows, plan.v_head_dim), q_PHR.dtype)
+  out = vma.shape_like(q_PHR, (batch, rows, plan.v_head_dim))
   keys = plan.block + keys_and_values[0].shape[1]
   state = [pltpu.VMEM((plan.together, keys, packed_rows), jnp.float32),
            pltpu.VMEM((plan.together, packed_rows, keys), q_PHR.dtype)]

@@ -21,11 +21,11 @@ and the second 256 (q, do) three times, twice of them from the L2 cache.
 """
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import vma
 from pallas_kernels.windowed_attention import gpu_tiles
 from pallas_kernels.windowed_attention.gpu_tiles import (LOG2_E, Problem,
                                                          flat_spec)
@@ -142,8 +142,8 @@ def dq_and_delta(q_BX, k_BX, v_BX, segments_BS, o_BX, lse_BX, do_BX,
   """dq and sum(o do), flat but for B."""
   p = problem
   inputs = (q_BX, k_BX, v_BX, segments_BS, o_BX, lse_BX, do_BX)
-  outputs = (gpu_tiles.like(q_BX, q_BX.shape),
-             gpu_tiles.like(lse_BX, lse_BX.shape))
+  outputs = (vma.shape_like(q_BX, q_BX.shape),
+             vma.shape_like(lse_BX, lse_BX.shape))
   tiles = pl.cdiv(p.num_queries, p.tokens) * (p.num_heads // p.pack)
   return _call(_dq_kernel, "windowed_attention_dq", tiles, inputs, outputs,
                problem=p)
@@ -154,7 +154,7 @@ def dk_and_dv(q_BX, k_BX, v_BX, segments_BS, lse_BX, delta_BX, do_BX,
   """dk and dv, flat but for B."""
   p = problem
   inputs = (q_BX, k_BX, v_BX, segments_BS, lse_BX, delta_BX, do_BX)
-  dk, dv = gpu_tiles.like(k_BX, k_BX.shape), gpu_tiles.like(v_BX, v_BX.shape)
+  dk, dv = vma.shape_like(k_BX, k_BX.shape), vma.shape_like(v_BX, v_BX.shape)
   tiles = pl.cdiv(p.num_keys, p.tile.keys) * p.num_kv_heads
   run = functools.partial(_call, _dkv_kernel, "windowed_attention_dkv", tiles,
                           inputs, problem=p)

@@ -17,11 +17,11 @@ skip the mask.
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import vma
 from pallas_kernels.windowed_attention import gpu_tiles
 from pallas_kernels.windowed_attention.gpu_tiles import (LOG2_E, Problem,
                                                          flat_spec)
@@ -85,8 +85,8 @@ def forward(q_BX, k_BX, v_BX, sinks_N, segments_BS, problem: Problem):
   p = problem
   batch = q_BX.shape[0]
   outputs = (
-      gpu_tiles.like(q_BX, (batch, p.num_queries * p.num_heads * p.v_head_dim)),
-      gpu_tiles.like(q_BX, (batch, p.num_heads * p.num_queries), jnp.float32))
+      vma.shape_like(q_BX, (batch, p.num_queries * p.num_heads * p.v_head_dim)),
+      vma.shape_like(q_BX, (batch, p.num_heads * p.num_queries), jnp.float32))
   sinks_spec = None if sinks_N is None else pl.BlockSpec(
       sinks_N.shape, lambda _, batch: (0,))
   tiles = pl.cdiv(p.num_queries, p.tokens) * (p.num_heads // p.pack)

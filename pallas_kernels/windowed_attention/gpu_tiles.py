@@ -233,10 +233,3 @@ def _offsets(row_R, dim, valid_R):
 def flat_spec(x):
   """One sequence of x [B, size]."""
   return pl.BlockSpec((None, x.shape[1]), lambda _, batch: (batch, 0))
-
-
-def like(x, shape, dtype=None):
-  """An output of a kernel on `x`, varying over the same mesh axes."""
-  return jax.ShapeDtypeStruct(
-      shape, dtype or x.dtype,
-      manual_axis_type=jax.typeof(x).manual_axis_type)

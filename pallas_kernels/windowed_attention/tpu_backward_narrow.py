@@ -32,14 +32,13 @@ are summed per part, so shifted, and put together at the end (finish).
 import collections
 import functools
 
-import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 
-from pallas_kernels import platforms
+from pallas_kernels import platforms, vma
 from pallas_kernels.windowed_attention import tpu_blocks
 from pallas_kernels.windowed_attention.tpu_backward_scores import (
     LANES, UNSEEN, Item, Names, Plan, Step, kept, segments_down, turn, values,
@@ -316,7 +315,7 @@ def gradients(plan, q, k, v, do, lse, delta, segments, options):
                         interpreted=bool(options.interpret)),
       grid=(batch, num_kv_heads, count), in_specs=in_specs,
       out_specs=[q_spec, k_spec, k_spec],
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
+      out_shape=[vma.shape_like(x, x.shape) for x in (q, k, v)],
       scratch_shapes=scratch, interpret=options.interpret,
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"),

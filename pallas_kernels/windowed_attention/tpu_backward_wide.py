@@ -18,13 +18,12 @@ the last ones that a window reaches, which have code of their own.
 """
 import functools
 
-import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import platforms
+from pallas_kernels import platforms, vma
 from pallas_kernels.windowed_attention import tpu_blocks
 from pallas_kernels.windowed_attention.tpu_backward_scores import (
     LANES, Item, Names, Plan, Step, kept, segments_down, turn)
@@ -180,7 +179,7 @@ def gradients(plan, q, k, v, do, lse, delta, segments, options, want_q=True,
                         has_segments=segments is not None),
       grid=(batch, num_kv_heads, count, steps), in_specs=in_specs,
       out_specs=out_specs, scratch_shapes=scratch,
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out],
+      out_shape=[vma.shape_like(x, x.shape) for x in out],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary",
                                "arbitrary"),

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import platforms
+from pallas_kernels import platforms, vma
 from pallas_kernels.windowed_attention import tpu_blocks
 from pallas_kernels.windowed_attention.tpu_common import (
     LANES, LOG2_E, UNSEEN, by_head, multiply, padded, scaled_KH)
@@ -153,9 +153,9 @@ def forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, options, blocks):
                 pl.BlockSpec((None, group, LANES), lambda b, k, i: (k, 0, 0))],
       out_specs=[q_spec, pl.BlockSpec((None, None, group, queries),
                                       lambda b, k, i: (b, k, 0, i))],
-      out_shape=[jax.ShapeDtypeStruct(q_BKGHT.shape, q_BKGHT.dtype),
-                 jax.ShapeDtypeStruct((batch, num_kv_heads, group, whole),
-                                      jnp.float32)],
+      out_shape=[vma.shape_like(q_BKGHT, q_BKGHT.shape),
+                 vma.shape_like(q_BKGHT, (batch, num_kv_heads, group, whole),
+                                jnp.float32)],
       scratch_shapes=[pltpu.VMEM((window + queries, head_dim), k_BKHS.dtype),
                       pltpu.VMEM((head_dim, window + queries), k_BKHS.dtype)],
       compiler_params=pltpu.CompilerParams(

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 
-from pallas_kernels import platforms
+from pallas_kernels import platforms, vma
 from pallas_kernels.windowed_attention import tpu_blocks
 from pallas_kernels.windowed_attention.tpu_common import (
     LANES, LOG2_E, UNSEEN, by_head, multiply, padded, scaled_KH)
@@ -150,9 +150,9 @@ def _running(q_BKGHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, options,
           in_specs=in_specs, out_specs=[q_spec, row_spec],
           scratch_shapes=[pltpu.VMEM((group, head_dim, queries), jnp.float32),
                           state, state]),
-      out_shape=[jax.ShapeDtypeStruct(q_BKGHT.shape, q_BKGHT.dtype),
-                 jax.ShapeDtypeStruct((batch, num_kv_heads, group,
-                                       num_queries), jnp.float32)],
+      out_shape=[vma.shape_like(q_BKGHT, q_BKGHT.shape),
+                 vma.shape_like(q_BKGHT, (batch, num_kv_heads, group,
+                                          num_queries), jnp.float32)],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"),
           vmem_limit_bytes=tpu_blocks.vmem_limit(platforms.tpu_generation())),

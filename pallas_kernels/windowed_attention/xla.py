@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import vma
 from pallas_kernels.windowed_attention import reference
 from pallas_kernels.windowed_attention.options import Options
 
@@ -116,8 +117,8 @@ def _forward(q, k, v, sinks_KG, segment_ids_BS, options: Options):
     return (_put(o, o_chunk / total[..., None], q_start, 3),
             _put(lse, top + jnp.log(total), q_start, 3))
 
-  carry = (jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype),
-           jnp.zeros(q.shape[:-1], jnp.float32))
+  carry = (vma.zeros((*q.shape[:-1], v.shape[-1]), q.dtype, q),
+           vma.zeros(q.shape[:-1], jnp.float32, q))
   for span in _spans(num_queries, num_keys, chunk, options):
     carry = _scan(functools.partial(chunk_forward, span), carry, span)
   return carry
@@ -157,7 +158,7 @@ def _backward(q, k, v, sinks_KG, segment_ids_BS, o, lse, do,
             _put(dk, _slice(dk, k_start, span.keys, 2) + dk_chunk, k_start, 2),
             _put(dv, _slice(dv, k_start, span.keys, 2) + dv_chunk, k_start, 2))
 
-  carry = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+  carry = tuple(vma.zeros(x.shape, jnp.float32, x) for x in (q, k, v))
   for span in _spans(num_queries, num_keys, chunk, options):
     carry = _scan(functools.partial(chunk_backward, span), carry, span)
   dq, dk, dv = (dx.astype(x.dtype) for dx, x in zip(carry, (q, k, v)))
