@@ -30,7 +30,7 @@ from jaxlm.model.mlp import MLP
 from jaxlm.model.moe import MoE
 from jaxlm.model.rope import RopeTable, rope_table
 from jaxlm.model.routing import RouterOutput
-from jaxlm.parallel.dispatch import SCHEMES
+from jaxlm.parallel.schemes import SCHEMES
 from jaxlm.parallel.mesh import check_divides, current, shard, unset
 from jaxlm.parallel.vocabulary import lookup, project
 
@@ -58,7 +58,7 @@ class Execution:
   Under a mesh: fsdp says that weights are split over the axes of the batch
   too, and gathered as they are used (else they stay, as decoding wants).
   dispatch says how tokens get to the devices of their experts: one of
-  `jaxlm.parallel.dispatch`'s schemes, or "auto" for the one that should be
+  `jaxlm.parallel.schemes.SCHEMES`, or "auto" for the one that should be
   quickest. Only "capacity" drops anything: what an expert is sent beyond
   `capacity_factor` times an equal share, by each device.
   """

@@ -21,16 +21,16 @@ from jax import lax
 
 from jaxlm.config import MoEConfig
 from jaxlm.model.experts import combine, dispatch
-from jaxlm.model.routing import sort_by_expert
+from jaxlm.model.routing import sort, sort_by_expert
 from jaxlm.parallel import exchange, mesh
 from jaxlm.parallel.exchange import AXIS
 from jaxlm.parallel.rounds import sum_of_rounds
-from pallas_kernels import manual
+from jaxlm.parallel.schemes import SCHEMES, SHARES, choose_scheme
+from pallas_kernels import manual, platforms
 from pallas_kernels.quant import is_quantized
 
-SCHEMES = ("gather", "all_to_all", "ragged_all_to_all", "capacity")
-# A round has room for so many equal shares, and at least so many rows.
-SHARES, LEAST_ROWS = 1.25, 512
+# Rows that a round has room for at least.
+LEAST_ROWS = 512
 
 
 class Plan(typing.NamedTuple):
@@ -66,20 +66,26 @@ def plan(config: MoEConfig, scheme: str, num_tokens: int, *, split: bool,
   Raises:
     ValueError: the scheme is unknown or cannot serve this router.
   """
-  if scheme == "auto":
-    scheme = "ragged_all_to_all"
-  if scheme not in SCHEMES:
-    raise ValueError(f"dispatch={scheme!r}: use one of {('auto', *SCHEMES)}")
   shards = mesh.axis_size(AXIS)
-  if not split or shards == 1:
+  if scheme not in ("auto", *SCHEMES):
+    raise ValueError(f"dispatch={scheme!r}: use one of {('auto', *SCHEMES)}")
+  chosen_by_experts = config.router.kind == "expert_choice"
+  if chosen_by_experts and scheme not in ("auto", "gather"):
+    raise ValueError(f"dispatch={scheme!r}: experts that choose their tokens "
+                     "see the whole batch: use 'gather' or 'auto'")
+  if not split or shards == 1 or chosen_by_experts:
     scheme = "gather"
+  if scheme == "auto":
+    scheme = choose_scheme(
+        num_tokens, config.experts_per_token, shards,
+        platform=platforms.platform(), generation=platforms.tpu_generation())
   local = config.num_experts // shards // columns
   rows = num_tokens * config.experts_per_token
-  most_rows = num_tokens * min(config.experts_per_token, local)
+  most_rows = num_tokens * (local if chosen_by_experts else min(
+      config.experts_per_token, local))
   match scheme:
     case "all_to_all":
-      least, most_rows = LEAST_ROWS // shards, most_rows
-      rows /= shards
+      least, rows = LEAST_ROWS // shards, rows / shards
     case "capacity":
       size = math.ceil(capacity_factor * rows / config.num_experts)
       return Plan(scheme, shards, columns, local, split, size, 1, compute)
@@ -92,10 +98,9 @@ def plan(config: MoEConfig, scheme: str, num_tokens: int, *, split: bool,
               -(-most_rows // size), compute)
 
 
-def run(x_TD, choice, weights, plan: Plan):
+def run(x_TD, expert_TA, weight_TA, weights, plan: Plan):
   """Each token's experts, summed: [T, D], to be summed over `tensor`, and
   over `expert` where all its devices have these tokens."""
-  expert_TA, weight_TA = choice
   routing = sort_by_expert(
       _in_column(expert_TA, plan), weight_TA, plan.num_experts,
       first_choices_first=plan.scheme == "capacity")
@@ -116,20 +121,37 @@ def _in_column(expert_TA, plan: Plan):
                    shard_TA * plan.local + local_TA, plan.num_experts)
 
 
+def run_chosen(x_TD, token_LC, weight_LC, weights, plan: Plan):
+  """The same where each of this device's experts has chosen tokens of all
+  that its neighbours have; an index past these is none of them."""
+  if plan.split:
+    x_TD = lax.all_gather(x_TD, AXIS, tiled=True)
+  expert_LC = jnp.where(token_LC < len(x_TD),
+                        jnp.arange(plan.local)[:, None], plan.local)
+  order_M, _, sizes_L = sort(expert_LC.reshape(-1), plan.local)
+  return _summed(x_TD, token_LC.reshape(-1)[order_M],
+                 weight_LC.reshape(-1)[order_M],
+                 exchange.in_line(sizes_L[None], 1), weights, plan)
+
+
 def _gather(x_TD, routing, counts_SE, weights, plan: Plan):
-  x_TD, token_SM, weight_SM = (
+  x_STD, token_SM, weight_SM = (
       lax.all_gather(x, AXIS) if plan.split else x[None]
       for x in (x_TD, routing.token_M, routing.weight_M))
-  sources, tokens, dim = x_TD.shape
-  x_TD = x_TD.reshape(-1, dim)
+  sources, tokens, dim = x_STD.shape
   token_SM += tokens * jnp.arange(sources)[:, None]
   parts = exchange.in_line(counts_SE, plan.shards).of_shard(
       lax.axis_index(AXIS), plan.shards)
   # Sources' rows stand one after the other too.
   first_SL = parts.first_SE + jnp.arange(sources)[:, None] * len(
       routing.token_M)
-  parts = parts._replace(first_SE=first_SL)
+  return _summed(x_STD.reshape(-1, dim), token_SM.reshape(-1),
+                 weight_SM.reshape(-1), parts._replace(first_SE=first_SL),
+                 weights, plan)
 
+
+def _summed(x_TD, token_M, weight_M, parts, weights, plan: Plan):
+  """Of tokens of all sources: each source's sums, from all destinations."""
   def one_round(i, floats, others):
     (x_TD, weight_M, weights), (token_M, parts, quantized) = floats, others
     first, place, size = exchange.window(parts, i * plan.size, plan.size)
@@ -144,8 +166,8 @@ def _gather(x_TD, routing, counts_SE, weights, plan: Plan):
   weights, quantized = _apart(weights)
   y_TD = sum_of_rounds(
       one_round, -(-jnp.sum(parts.size_SE) // plan.size),
-      (x_TD, weight_SM.reshape(-1), weights),
-      (token_SM.reshape(-1), parts, quantized), plan.most).astype(x_TD.dtype)
+      (x_TD, weight_M, weights), (token_M, parts, quantized),
+      plan.most).astype(x_TD.dtype)
   if not plan.split:
     return y_TD
   return lax.psum_scatter(y_TD, AXIS, scatter_dimension=0, tiled=True)

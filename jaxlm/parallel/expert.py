@@ -35,7 +35,7 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
     router: its weights, as `routing.router_inputs` takes them.
     weights: the experts', as `mlp_weights` gives them.
     key: draws noisy top-k's noise; None while not training.
-    scheme: one of `dispatch.SCHEMES`, or "auto".
+    scheme: one of `schemes.SCHEMES`, or "auto".
 
   Returns:
     y_BTD, and the `RouterOutput` of the whole batch.
@@ -62,12 +62,18 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
     if noise_BTE is not None:
       noise_BTE = noise_BTE.reshape(-1, config.num_experts)
     inputs = routing.router_inputs(config.router, router, x_TD)
-    choice, sums = _route(config, inputs, noise_BTE, plan)
+    if config.router.kind == "expert_choice":
+      choice, sums = _expert_choice(config, inputs, x_BTD.shape[:2], plan,
+                                    split)
+      run = dispatch.run_chosen
+    else:
+      choice, sums = _token_choice(config, inputs, noise_BTE, plan)
+      run = dispatch.run
     # From here on all differs from device to device, so that gradients are
     # summed here, where they are smallest.
     axes = split | manual.varying(weights) | {AXIS, "tensor"}
     x_TD, choice, weights = mesh.vary((x_TD, choice, weights), axes)
-    y_TD = dispatch.run(x_TD, choice, laid_out.used(weights), plan)
+    y_TD = run(x_TD, *choice, laid_out.used(weights), plan)
     return (_settle(y_TD, split, axes).reshape(x_BTD.shape),
             routing.report(config, lax.psum(sums, tuple(split)),
                            math.prod(batch)))
@@ -84,7 +90,7 @@ def _token_axes(num_sequences: int, length: int):
   return batch, context if length % mesh.axis_size(*context) == 0 else ()
 
 
-def _route(config, inputs, noise_TE, plan: dispatch.Plan):
+def _token_choice(config, inputs, noise_TE, plan: dispatch.Plan):
   """Who goes where, of a device's own tokens, and sums for the report."""
   clean_TE = logits_TE = inputs["logits_TE"]
   scale_TE = inputs.get("noise_scale_TE")
@@ -100,6 +106,45 @@ def _route(config, inputs, noise_TE, plan: dispatch.Plan):
     taken = jnp.sum(jnp.minimum(rows_E, plan.size)) / config.experts_per_token
   return (expert_TA, weight_TA), routing.sum_up(
       config, clean_TE, logits_TE, scale_TE, rows_E, importance_E, taken)
+
+
+def _expert_choice(config, inputs, shape, plan: dispatch.Plan, split):
+  """What this device's experts chose of the whole batch, as places among the
+  tokens of its neighbours on `expert`, and sums for the report."""
+  logits_TE, (sequences, length) = inputs["logits_TE"], shape
+  batch = tuple(name for name in mesh.RULES["batch"] if name in split)
+  context = tuple(name for name in mesh.RULES["length"] if name in split)
+  logits_BTE = logits_TE.reshape(*shape, -1)
+  if batch:
+    logits_BTE = lax.all_gather(logits_BTE, batch, axis=0, tiled=True)
+  if context:
+    logits_BTE = lax.all_gather(logits_BTE, context, axis=1, tiled=True)
+  chosen = routing.expert_choice(config, logits_BTE.reshape(
+      -1, config.num_experts))
+  token_EC, weight_EC = (x.reshape(config.num_experts, -1)
+                         for x in (chosen.token_M, chosen.weight_M))
+  # All devices find the same, and these are summed.
+  share = 1 / mesh.axis_size(*split)
+  taken_T = jnp.zeros(logits_BTE.size // config.num_experts).at[
+      chosen.token_M].set(1)
+  sums = routing.sum_up(config, logits_TE, logits_TE, None,
+                        chosen.group_sizes_E * share,
+                        jnp.sum(weight_EC, 1) * share,
+                        jnp.sum(taken_T) * share)
+  neighbours = sequences * (plan.shards if plan.split else 1)
+  first = lax.axis_index("data") * neighbours if "data" in split else 0
+  sequence, place = jnp.divmod(token_EC, logits_BTE.shape[1])
+  sequence -= first
+  if context:
+    place -= lax.axis_index(context) * length
+  inside = ((sequence >= 0) & (sequence < neighbours)
+            & (place >= 0) & (place < length))
+  token_EC = jnp.where(inside, sequence * length + place, neighbours * length)
+  block = lax.axis_index(AXIS) * plan.columns
+  if plan.columns > 1:
+    block += lax.axis_index("tensor")
+  return tuple(lax.dynamic_slice_in_dim(x_EC, block * plan.local, plan.local)
+               for x_EC in (token_EC, weight_EC)), sums
 
 
 def _settle(y_TD, split: frozenset, axes: frozenset):

@@ -14,7 +14,7 @@ def sum_of_rounds(function, rounds, floats, others, most: int):
   The first round is a straight piece of program, of which the backward pass
   finds what the forward pass kept. The others run in a loop that takes no
   time where there are none, and whose gradient computes them again, one after
-  the other; so memory is one round's, however many there are.
+  the other: so memory is one round's, however many there are.
 
   Args:
     rounds: how many, at least 1; traced.
@@ -22,37 +22,38 @@ def sum_of_rounds(function, rounds, floats, others, most: int):
     others: a tree of arrays it is not.
     most: what `rounds` can be.
   """
-  total = function(0, floats, others)
   if most == 1:
-    return total
-  floats, others = manual.like((floats, others))
-  return _rest(function, manual.like(total, floats, others), rounds, floats,
-               others)
+    return function(0, floats, others)
+  return _sum(function, rounds, *manual.like((floats, others)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rest(function, total, rounds, floats, others):
+def _sum(function, rounds, floats, others):
+  return _add_rest(lambda i: function(i, floats, others), rounds,
+                   function(0, floats, others))
+
+
+def _add_rest(function, rounds, total):
   def add(i, total):
-    return total + manual.like(function(i, floats, others), total)
+    return jax.tree.map(jnp.add, total, function(i))
   with jax.named_scope("rarely"):  # for who plans
     return lax.fori_loop(1, rounds, add, total)
 
 
-def _forward(function, total, rounds, floats, others):
-  return (_rest(function, total, rounds, floats, others),
-          (rounds, floats, others))
+def _forward(function, rounds, floats, others):
+  total, first = jax.vjp(lambda floats: function(0, floats, others), floats)
+  total = _add_rest(lambda i: function(i, floats, others), rounds, total)
+  return total, (first, rounds, floats, others)
 
 
 def _backward(function, residuals, dy):
-  rounds, floats, others = residuals
+  first, rounds, floats, others = residuals
 
-  def add(i, gradients):
-    _, vjp = jax.vjp(lambda floats: function(i, floats, others), floats)
-    return jax.tree.map(jnp.add, gradients, vjp(dy)[0])
+  def gradients(i):
+    return jax.vjp(lambda floats: function(i, floats, others), floats)[1](dy)
 
-  zeros = manual.like(jax.tree.map(jnp.zeros_like, floats), floats)
-  with jax.named_scope("rarely"):
-    return dy, None, lax.fori_loop(1, rounds, add, zeros), None
+  # After the first round's, whose memory is free again.
+  return None, *_add_rest(gradients, rounds, first(dy)), None
 
 
-_rest.defvjp(_forward, _backward)
+_sum.defvjp(_forward, _backward)
