@@ -1,9 +1,74 @@
 """Several processes that run one program, each with its own devices."""
+import atexit
 import json
+import os
+import subprocess
+import sys
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+
+_REMEDY = "Start all of them again: the run goes on from its last checkpoint"
+_witness = None
+
+
+def initialize(coordinator: str | None = None, num_processes: int | None = None,
+               process_id: int | None = None, heartbeat_seconds: int = 60):
+  """Joins the processes of this program, before jax computes anything.
+
+  Under Slurm, on TPU slices, on GKE and under Open MPI no argument is needed;
+  without them, on a machine that is none of these, there is one process.
+
+  Args:
+    coordinator: "HOST:PORT" of process 0.
+    heartbeat_seconds: after which a process that gives no sign of life is
+      given up, and the others end.
+
+  Raises:
+    ValueError: some but not all of the first three.
+  """
+  given = (coordinator, num_processes, process_id)
+  if None in given and given != (None,) * 3:
+    raise ValueError(
+        f"coordinator={coordinator}, num_processes={num_processes}, "
+        f"process_id={process_id}: give all three, or none where the "
+        "processes find each other (Slurm, TPU slices, GKE)")
+  try:
+    jax.distributed.initialize(*given,
+                               heartbeat_timeout_seconds=heartbeat_seconds)
+  except ValueError as error:
+    # What jax says where it finds no cluster.
+    if coordinator is not None or "coordinator_address" not in str(error):
+      raise
+    return
+  # CPUs, unlike others, run two programs at once where neither needs the
+  # other; exchanges of both may then meet in another order elsewhere, and wait
+  # for each other forever.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  if jax.process_count() > 1:
+    _leave_last_words()
+
+
+def _leave_last_words() -> None:
+  """Says what to do if this process is killed, or ended by jax because another
+  one was lost: neither leaves Python time to say it."""
+  global _witness
+  _witness = subprocess.Popen(
+      ["sh", "-c", 'read -r goodbye || printf "%s\\n" "$0" >&2',
+       f"error: {_who()} was ended from outside, most likely because another "
+       f"process was lost: see what that one said last. {_REMEDY}"],
+      stdin=subprocess.PIPE, start_new_session=True)
+  atexit.register(_say_goodbye)
+
+
+def _say_goodbye() -> None:
+  if _witness is not None and not _witness.stdin.closed:
+    _witness.communicate(b"goodbye\n")
+
+
+def _who() -> str:
+  return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def is_main() -> bool:
@@ -25,3 +90,20 @@ def everyone(value) -> list:
   padded[:content.size] = content
   return [json.loads(part[:size].tobytes()) for part, size in
           zip(multihost_utils.process_allgather(padded), sizes)]
+
+
+def lost(error: Exception) -> str:
+  """What to say when a computation of all processes failed in this one."""
+  return (f"{_who()}: {str(error).strip().splitlines()[0][:300]}. Another "
+          f"process may have ended: see what it said. {_REMEDY}")
+
+
+def leave(status: int) -> int:
+  """Ends this process at once if others take part, who may be waiting for it:
+  jax would wait for them in turn. Else returns the status."""
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
+    _say_goodbye()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  return status

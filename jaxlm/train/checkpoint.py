@@ -38,7 +38,7 @@ class Checkpoints:
       self._manager = ocp.CheckpointManager(
           self._directory, options=ocp.CheckpointManagerOptions(
               preservation_policy=_Preserve(keep, keep_best, self._loss_of),
-              cleanup_tmp_directories=True,
+              cleanup_tmp_directories=True, create=False,
               multiprocessing_options=_processes(range(jax.process_count()))))
     except OSError as error:
       raise self._unwritable(error) from error

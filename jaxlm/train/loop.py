@@ -100,7 +100,7 @@ def train(model_config: ModelConfig, train_config: TrainConfig,
     with contextlib.ExitStack() as stack:
       run = _Run(model_config, train_config, data, pathlib.Path(workdir),
                  seeds, on_step, mesh, stack)
-      while run.step < train_config.steps and not signals.received:
+      while run.step < train_config.steps and not signals.stop(run.step):
         run.advance()
       run.save()
       results = [] if signals.received else run.results()
@@ -171,7 +171,7 @@ class _Run:
     kept = self.writers[0].kept
     self.seconds_before = kept[-1]["seconds"] if kept else 0.0
     self.pending = collections.deque()
-    self.evaluation = None
+    self.evaluation, self.evaluated = None, None
     self.rates, self.start = [], None
 
   def _restore(self):
@@ -219,8 +219,10 @@ class _Run:
       writer.flush()
     about = {**self.identity, "data": self.batches.get_state(),
              "recent_losses": [watch.recent for watch in self.watches]}
+    eval_loss = (statistics.fmean(result.loss for result in self.evaluation)
+                 if self.evaluated == self.step else None)
     try:
-      self.checkpoints.save(self.step, self.state, about)
+      self.checkpoints.save(self.step, self.state, about, eval_loss)
     except FloatingPointError as error:
       raise Diverged(self.step, math.nan, str(error)) from error
     self.saved, self.clock = self.step, None
@@ -238,6 +240,7 @@ class _Run:
       entries = [self._entry(step, i, metrics) for i in range(len(self.seeds))]
       if evaluation is not None:
         self.evaluation = self.heldout.finish(evaluation, len(self.seeds))
+        self.evaluated = step
         for entry, result in zip(entries, self.evaluation):
           entry["eval_loss"] = result.loss
           entry["eval_bits_per_byte"] = result.bits_per_byte

@@ -7,26 +7,35 @@ import statistics
 
 import tensorboardX
 
+from jaxlm.parallel.multihost import everyone, is_main
+
 
 class MetricsWriter:
   """Writes DIRECTORY/metrics.jsonl and an event file beside it.
 
   A line is one write, so that a killed run leaves at most its last line
   torn. What was logged after `step`, where the run continues, is cut off: it
-  will be logged again. `kept` holds the entries before.
+  will be logged again. `kept` holds the entries before. Of several processes,
+  which all make the same calls, the first writes.
   """
 
   def __init__(self, directory, step: int = 0):
     self._path = pathlib.Path(directory) / "metrics.jsonl"
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    self.kept = _cut(self._path, step)
-    self._file = open(self._path, "ab", buffering=0)
-    # TensorBoard drops what earlier event files have from purge_step on.
-    self._events = tensorboardX.SummaryWriter(
-        str(directory), purge_step=step + 1, filename_suffix=f".{step}")
+    self.kept, self._file = [], None
+    if is_main():
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      self.kept = _cut(self._path, step)
+      self._file = open(self._path, "ab", buffering=0)
+      # TensorBoard drops what earlier event files have from purge_step on.
+      self._events = tensorboardX.SummaryWriter(
+          str(directory), purge_step=step + 1, filename_suffix=f".{step}")
+    self.kept = everyone(self.kept)[0]
 
   def write(self, entry: dict[str, float]) -> None:
     """One line; everything in it but `step` becomes a scalar."""
+    self.kept.append(entry)
+    if self._file is None:
+      return
     line = (json.dumps(entry, allow_nan=False) + "\n").encode()
     try:
       if self._file.write(line) != len(line):
@@ -35,18 +44,19 @@ class MetricsWriter:
       raise ValueError(f"{self._path}: cannot be written ({error}): free space "
                        "and run again, it continues from the last "
                        "checkpoint") from error
-    self.kept.append(entry)
     for name, value in entry.items():
       if name != "step":
         self._events.add_scalar(name, value, entry["step"])
 
   def flush(self) -> None:
     """Events reach the disk now; lines do at once."""
-    self._events.flush()
+    if self._file is not None:
+      self._events.flush()
 
   def close(self) -> None:
-    self._file.close()
-    self._events.close()
+    if self._file is not None:
+      self._file.close()
+      self._events.close()
 
 
 def _cut(path: pathlib.Path, step: int) -> list[dict]:

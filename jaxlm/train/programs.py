@@ -51,7 +51,7 @@ class Programs:
 
   def place(self, batch: Batch):
     """A whole batch as `evaluate` takes it, on the devices."""
-    return jax.device_put(self._shared.place(batch, None))
+    return self._shared.place(batch, None)
 
   def evaluate(self, params, batch):
     with self._shared.under_mesh():
@@ -122,7 +122,7 @@ class _Shared:
   def place(self, batch: Batch, rows: Sequence[int] | None):
     """Arrays over all processes, of which this one has these rows."""
     if self._mesh is None:
-      return batch
+      return jax.device_put(batch)
     numbers = np.arange(self._batch_shape[0])
     rows = numbers if rows is None else np.asarray(rows)
 

@@ -30,7 +30,8 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
     sinks_N: one logit for each query head, unscaled, which joins the softmax
       and carries no value.
     soft_cap: scores become soft_cap * tanh(scores / soft_cap).
-    segment_ids: int32 [B, S]; a query sees keys of its own segment only.
+    segment_ids: int32 [B, S]; a query sees keys of its own segment only. Or
+      a pair, the queries' [B, T] and the keys' [B, S].
     q_offset: position of the first query.
     implementation: "xla" (in chunks, on every platform), "pallas-tpu",
       "pallas-gpu", "reference" (all T x S scores) or "auto": the best one that
@@ -49,18 +50,64 @@ def windowed_attention(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
     ValueError: shapes, the window or the implementation do not fit.
     NotImplementedError: the implementation named does not support these.
   """
-  _validate(q_BTNH, k_BSKH, v_BSKH, window, sinks_N, segment_ids, q_offset)
-  if window is not None and window >= k_BSKH.shape[1]:
-    window = None
   options = Options(window, scale, soft_cap, q_offset, blocks, interpret)
+  args, options = _prepared(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids,
+                            options)
   if implementation == "reference":
-    return reference.windowed_attention(q_BTNH, k_BSKH, v_BSKH, sinks_N,
-                                        segment_ids, options)
-  best = choice.choose(
+    return reference.windowed_attention(*args, options)
+  return _attention(*_chosen(implementation, args, options), options, *args)
+
+
+def attend_part(q_BTNH, k_BSKH, v_BSKH, *, window, scale, sinks_N=None,
+                soft_cap=None, segment_ids=None, q_offset: int = 0,
+                implementation: str = "auto", blocks=None, interpret=False):
+  """`windowed_attention` and, float32 [B, N, T], the logarithm of the
+  softmax's denominator: with these, attention over several parts of the keys
+  can be put together. Not differentiable: see `part_gradients`.
+
+  A query that sees no key gives zero and the logarithm its sink alone; without
+  sinks every query must see one.
+  """
+  options = Options(window, scale, soft_cap, q_offset, blocks, interpret)
+  args, options = _prepared(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids,
+                            options)
+  return _run("forward", *_chosen(implementation, args, options), *args,
+              options=options)
+
+
+def part_gradients(q_BTNH, k_BSKH, v_BSKH, o_BTNH, lse_BNT, do_BTNH, *, window,
+                   scale, soft_cap=None, segment_ids=None, q_offset: int = 0,
+                   implementation: str = "auto", blocks=None, interpret=False):
+  """What these keys add to the gradient of q, and their and their values'.
+
+  Args:
+    o_BTNH, lse_BNT: the output over all parts, and its denominator's
+      logarithm.
+  """
+  options = Options(window, scale, soft_cap, q_offset, blocks, interpret)
+  args, options = _prepared(q_BTNH, k_BSKH, v_BSKH, None, segment_ids, options)
+  chosen = _chosen(implementation, args, options)
+  return _run("backward", *chosen, *args, o_BTNH, lse_BNT, do_BTNH,
+              options=options)[:3]
+
+
+def _prepared(q, k, v, sinks_N, segment_ids, options):
+  """The arguments, checked, as implementations take them."""
+  if segment_ids is not None and not isinstance(segment_ids, tuple):
+    own = segment_ids[..., options.q_offset:options.q_offset + q.shape[1]]
+    segment_ids = own, segment_ids
+  _validate(q, k, v, options.window, sinks_N, segment_ids, options.q_offset)
+  if options.window is not None and options.window >= k.shape[1]:
+    options = options._replace(window=None)
+  return vma.aligned(q, k, v, sinks_N, segment_ids), options
+
+
+def _chosen(implementation, args, options) -> tuple[str, bool]:
+  q, k, v, _, segment_ids = args
+  name = choice.choose(
       IMPLEMENTATIONS, PREFERRED.get(platforms.platform(), ()), implementation,
-      (q_BTNH, k_BSKH, v_BSKH, segment_ids, options), ("reference",))
-  return _attention(best, implementation == "auto", options, *vma.aligned(
-      q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids))
+      (q, k, v, segment_ids, options), ("reference",))
+  return name, implementation == "auto"
 
 
 def unsupported(implementation: str, q_BTNH, k_BSKH, v_BSKH, *, window, scale,
@@ -117,12 +164,11 @@ def _validate(q, k, v, window, sinks_N, segment_ids, q_offset):
     raise ValueError(f"sinks {sinks_N.shape}: expected one for each of "
                      f"{q.shape[2]} query heads")
   if segment_ids is not None:
-    if segment_ids.shape != k.shape[:2]:
-      raise ValueError(f"segment_ids {segment_ids.shape}: expected "
-                       f"{k.shape[:2]}")
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-      raise ValueError(f"segment_ids are {segment_ids.dtype}: expected "
-                       "integers")
+    for x, of in zip(segment_ids, (q, k), strict=True):
+      if x.shape != of.shape[:2]:
+        raise ValueError(f"segment_ids {x.shape}: expected {of.shape[:2]}")
+      if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"segment_ids are {x.dtype}: expected integers")
   if not 0 <= q_offset <= k.shape[1] - q.shape[1]:
     raise ValueError(f"q_offset={q_offset} puts {q.shape[1]} queries past "
                      f"the {k.shape[1]} keys")

@@ -84,7 +84,7 @@ def _capability() -> float | None:
   return None if capability is None else float(capability)
 
 
-def unsupported(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS,
+def unsupported(q_BTNH, k_BSKH, v_BSKH, segment_ids,
                 options: Options) -> str | None:
   """Why these kernels cannot do this; None if they can."""
   blocks = options.blocks
@@ -111,7 +111,7 @@ def unsupported(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS,
   return None
 
 
-def _problem(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, options, kernel):
+def _problem(q_BTNH, k_BSKH, v_BSKH, segment_ids, options, kernel):
   blocks = options.blocks or default_blocks(
       q_BTNH.shape[3], v_BSKH.shape[3], q_BTNH.dtype, options,
       is_hopper())
@@ -119,7 +119,7 @@ def _problem(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, options, kernel):
       num_queries=q_BTNH.shape[1], num_keys=k_BSKH.shape[1],
       num_heads=q_BTNH.shape[2], num_kv_heads=k_BSKH.shape[2],
       head_dim=q_BTNH.shape[3], v_head_dim=v_BSKH.shape[3],
-      dtype=q_BTNH.dtype, segmented=segment_ids_BS is not None,
+      dtype=q_BTNH.dtype, segmented=segment_ids is not None,
       options=options, tile=getattr(blocks, kernel))
 
 
@@ -127,34 +127,35 @@ def _flat(x):
   return None if x is None else x.reshape(x.shape[0], -1)
 
 
-def _inside(sinks_N, segment_ids_BS):
+def _inside(sinks_N, segment_ids):
   return (None if sinks_N is None else sinks_N.astype(jnp.float32),
-          None if segment_ids_BS is None else segment_ids_BS.astype(jnp.int32))
+          [None if x is None else x.astype(jnp.int32)
+           for x in segment_ids or (None, None)])
 
 
-def forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS, options: Options):
+def forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids, options: Options):
   """The output [B, T, N, H] and log of the denominator, float32 [B, N, T]."""
-  problem = _problem(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, options,
+  problem = _problem(q_BTNH, k_BSKH, v_BSKH, segment_ids, options,
                      "forward")
-  sinks_N, segment_ids_BS = _inside(sinks_N, segment_ids_BS)
+  sinks_N, segment_ids = _inside(sinks_N, segment_ids)
   o, lse = gpu_forward.forward(_flat(q_BTNH), _flat(k_BSKH), _flat(v_BSKH),
-                               sinks_N, segment_ids_BS, problem)
+                               sinks_N, segment_ids, problem)
   batch, num_queries, num_heads, _ = q_BTNH.shape
   return (o.reshape(batch, num_queries, num_heads, -1),
           lse.reshape(batch, num_heads, num_queries))
 
 
-def backward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS, o_BTNH, lse_BNT,
+def backward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids, o_BTNH, lse_BNT,
              do_BTNH, options: Options):
   """Gradients of q, k, v and (float32) the sinks, or None without sinks."""
   problem = functools.partial(_problem, q_BTNH, k_BSKH, v_BSKH,
-                              segment_ids_BS, options)
-  sinks_N, segment_ids_BS = _inside(sinks_N, segment_ids_BS)
+                              segment_ids, options)
+  sinks_N, segment_ids = _inside(sinks_N, segment_ids)
   q, k, v, o, lse, do = map(_flat, (q_BTNH, k_BSKH, v_BSKH, o_BTNH, lse_BNT,
                                     do_BTNH.astype(q_BTNH.dtype)))
-  dq, delta = gpu_backward.dq_and_delta(q, k, v, segment_ids_BS, o, lse, do,
+  dq, delta = gpu_backward.dq_and_delta(q, k, v, segment_ids, o, lse, do,
                                         problem("dq"))
-  dk, dv = gpu_backward.dk_and_dv(q, k, v, segment_ids_BS, lse, delta, do,
+  dk, dv = gpu_backward.dk_and_dv(q, k, v, segment_ids, lse, delta, do,
                                   problem("dkv"))
   dsinks_N = None
   if sinks_N is not None:

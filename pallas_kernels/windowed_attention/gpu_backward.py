@@ -37,8 +37,8 @@ def _score_gradient(problem: Problem, p, s, dp, delta):
   return ds if problem.options.soft_cap is None else ds * (1 - s * s)
 
 
-def _dq_kernel(q_ref, k_ref, v_ref, segments_ref, o_ref, lse_ref, do_ref,
-               dq_ref, delta_ref, *, problem: Problem):
+def _dq_kernel(q_ref, k_ref, v_ref, q_segments_ref, k_segments_ref, o_ref,
+               lse_ref, do_ref, dq_ref, delta_ref, *, problem: Problem):
   p = problem
   first_token, first_head, kv_head = p.first_row()
   token_R, head_R, valid_R = p.rows(first_token, first_head)
@@ -53,7 +53,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, segments_ref, o_ref, lse_ref, do_ref,
   position_R = token_R + p.options.q_offset
   segment_R = None
   if p.segmented:
-    segment_R = p.load_row(segments_ref, position_R, valid_R)[:, None]
+    segment_R = p.load_row(q_segments_ref, token_R, valid_R)[:, None]
 
   first_key, count, first_full, last_full = p.key_blocks(first_token)
 
@@ -67,7 +67,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, segments_ref, o_ref, lse_ref, do_ref,
     def seen_RC():
       segment_C = None
       if p.segmented:
-        segment_C = p.load_row(segments_ref, key_C, k_valid_C)[None]
+        segment_C = p.load_row(k_segments_ref, key_C, k_valid_C)[None]
       return p.seen(position_R[:, None], key_C[None], segment_R, segment_C)
     p_RC = p.masked(p.exp2(s_RC, lse_R[:, None]), 0.0,
                     (first_full <= i) & (i < last_full), seen_RC)
@@ -80,8 +80,8 @@ def _dq_kernel(q_ref, k_ref, v_ref, segments_ref, o_ref, lse_ref, do_ref,
   p.store(dq_ref, q_row_R, p.head_dim, dq_RH * p.options.scale, valid_R)
 
 
-def _dkv_kernel(q_ref, k_ref, v_ref, segments_ref, lse_ref, delta_ref, do_ref,
-                dk_ref, dv_ref, *, problem: Problem):
+def _dkv_kernel(q_ref, k_ref, v_ref, q_segments_ref, k_segments_ref, lse_ref,
+                delta_ref, do_ref, dk_ref, dv_ref, *, problem: Problem):
   p = problem
   i, kv_head = gpu_tiles.divided(pl.program_id(0), p.num_kv_heads)
   first_key = i * p.tile.keys
@@ -92,7 +92,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, segments_ref, lse_ref, delta_ref, do_ref,
   v_CH = p.load(v_ref, k_row_C, p.v_head_dim, k_valid_C)
   segment_C = None
   if p.segmented:
-    segment_C = p.load_row(segments_ref, key_C, k_valid_C)[:, None]
+    segment_C = p.load_row(k_segments_ref, key_C, k_valid_C)[:, None]
 
   head_tiles = p.group // p.pack
   first_query, count, first_full, last_full = p.query_blocks(first_key)
@@ -113,7 +113,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, segments_ref, lse_ref, delta_ref, do_ref,
       position_R = token_R + p.options.q_offset
       segment_R = None
       if p.segmented:
-        segment_R = p.load_row(segments_ref, position_R, valid_R)[None]
+        segment_R = p.load_row(q_segments_ref, token_R, valid_R)[None]
       return p.seen(position_R[None], key_C[:, None], segment_R, segment_C)
     p_CR = p.masked(p.exp2(s_CR, lse_R[None]), 0.0,
                     (first_full <= i) & (i < last_full), seen_CR)
@@ -137,11 +137,11 @@ def _dkv_kernel(q_ref, k_ref, v_ref, segments_ref, lse_ref, delta_ref, do_ref,
     p.store(dv_ref, k_row_C, p.v_head_dim, dv_CH, k_valid_C)
 
 
-def dq_and_delta(q_BX, k_BX, v_BX, segments_BS, o_BX, lse_BX, do_BX,
+def dq_and_delta(q_BX, k_BX, v_BX, segments, o_BX, lse_BX, do_BX,
                  problem: Problem):
   """dq and sum(o do), flat but for B."""
   p = problem
-  inputs = (q_BX, k_BX, v_BX, segments_BS, o_BX, lse_BX, do_BX)
+  inputs = (q_BX, k_BX, v_BX, *segments, o_BX, lse_BX, do_BX)
   outputs = (vma.shape_like(q_BX, q_BX.shape),
              vma.shape_like(lse_BX, lse_BX.shape))
   tiles = pl.cdiv(p.num_queries, p.tokens) * (p.num_heads // p.pack)
@@ -149,11 +149,11 @@ def dq_and_delta(q_BX, k_BX, v_BX, segments_BS, o_BX, lse_BX, do_BX,
                problem=p)
 
 
-def dk_and_dv(q_BX, k_BX, v_BX, segments_BS, lse_BX, delta_BX, do_BX,
+def dk_and_dv(q_BX, k_BX, v_BX, segments, lse_BX, delta_BX, do_BX,
               problem: Problem):
   """dk and dv, flat but for B."""
   p = problem
-  inputs = (q_BX, k_BX, v_BX, segments_BS, lse_BX, delta_BX, do_BX)
+  inputs = (q_BX, k_BX, v_BX, *segments, lse_BX, delta_BX, do_BX)
   dk, dv = vma.shape_like(k_BX, k_BX.shape), vma.shape_like(v_BX, v_BX.shape)
   tiles = pl.cdiv(p.num_keys, p.tile.keys) * p.num_kv_heads
   run = functools.partial(_call, _dkv_kernel, "windowed_attention_dkv", tiles,

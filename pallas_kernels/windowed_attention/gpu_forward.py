@@ -29,8 +29,8 @@ from pallas_kernels.windowed_attention.gpu_tiles import (LOG2_E, Problem,
 LN_2 = math.log(2)
 
 
-def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
-            problem: Problem):
+def _kernel(q_ref, k_ref, v_ref, sinks_ref, q_segments_ref, k_segments_ref,
+            o_ref, lse_ref, *, problem: Problem):
   p = problem
   unit = p.score_unit
   first_token, first_head, kv_head = p.first_row()
@@ -40,7 +40,7 @@ def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
   position_R = token_R + p.options.q_offset
   segment_R = None
   if p.segmented:
-    segment_R = p.load_row(segments_ref, position_R, valid_R)[:, None]
+    segment_R = p.load_row(q_segments_ref, token_R, valid_R)[:, None]
 
   first_key, count, first_full, last_full = p.key_blocks(first_token)
 
@@ -53,7 +53,7 @@ def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
     def seen_RC():
       segment_C = None
       if p.segmented:
-        segment_C = p.load_row(segments_ref, key_C, k_valid_C)[None]
+        segment_C = p.load_row(k_segments_ref, key_C, k_valid_C)[None]
       return p.seen(position_R[:, None], key_C[None], segment_R, segment_C)
     s_RC = p.masked(s_RC, -jnp.inf, (first_full <= i) & (i < last_full),
                     seen_RC)
@@ -80,7 +80,7 @@ def _kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, o_ref, lse_ref, *,
               top_R * (unit * LN_2) + jnp.log(total_R), valid_R)
 
 
-def forward(q_BX, k_BX, v_BX, sinks_N, segments_BS, problem: Problem):
+def forward(q_BX, k_BX, v_BX, sinks_N, segments, problem: Problem):
   """The output and the log of the denominator, all flat but for B."""
   p = problem
   batch = q_BX.shape[0]
@@ -94,8 +94,8 @@ def forward(q_BX, k_BX, v_BX, sinks_N, segments_BS, problem: Problem):
       functools.partial(_kernel, problem=p), out_shape=outputs,
       grid=(tiles, batch),
       in_specs=[flat_spec(q_BX), flat_spec(k_BX), flat_spec(v_BX), sinks_spec,
-                None if segments_BS is None else flat_spec(segments_BS)],
+                *(None if x is None else flat_spec(x) for x in segments)],
       out_specs=[flat_spec(x) for x in outputs],
       compiler_params=p.grid_params(), interpret=p.options.interpret,
       name="windowed_attention_forward",
-  )(q_BX, k_BX, v_BX, sinks_N, segments_BS)
+  )(q_BX, k_BX, v_BX, sinks_N, *segments)

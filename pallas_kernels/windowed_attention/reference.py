@@ -76,16 +76,15 @@ def attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, *, scale, sinks_N, soft_cap):
       q_BTNH.dtype)
 
 
-def windowed_attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS,
+def windowed_attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids,
                        options):
   """See the package's `windowed_attention`."""
   num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
-  q_offset = options.q_offset
-  q_positions = q_offset + jnp.arange(num_queries)
+  q_positions = options.q_offset + jnp.arange(num_queries)
   seen_BTS = visible(q_positions, jnp.arange(num_keys), options.window)[None]
-  if segment_ids_BS is not None:
-    q_segment_BT = segment_ids_BS[:, q_offset:q_offset + num_queries]
-    seen_BTS &= q_segment_BT[:, :, None] == segment_ids_BS[:, None]
+  if segment_ids is not None:
+    q_segment_BT, k_segment_BS = segment_ids
+    seen_BTS &= q_segment_BT[:, :, None] == k_segment_BS[:, None]
   return attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS, scale=options.scale,
                 sinks_N=sinks_N, soft_cap=options.soft_cap)
 

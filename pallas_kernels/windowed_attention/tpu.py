@@ -14,7 +14,7 @@ from pallas_kernels.windowed_attention.options import Options
 from pallas_kernels.windowed_attention.tpu_blocks import Blocks
 
 
-def unsupported(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS,
+def unsupported(q_BTNH, k_BSKH, v_BSKH, segment_ids,
                 options: Options) -> str | None:
   """Why these cannot be done, and what to do; None if they can."""
   head_dim = q_BTNH.shape[3]
@@ -50,20 +50,20 @@ def _blocks(options: Options) -> Blocks:
   return blocks
 
 
-def forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS, options: Options):
+def forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids, options: Options):
   """The output [B, T, N, H] and log of the denominator, float32 [B, N, T]."""
   o_BNHT, lse_BNT = tpu_forward.forward(
-      *map(sequence_minor, (q_BTNH, k_BSKH, v_BSKH)), sinks_N, segment_ids_BS,
+      *map(sequence_minor, (q_BTNH, k_BSKH, v_BSKH)), sinks_N, segment_ids,
       options, _blocks(options).forward)
   return sequence_major(o_BNHT), lse_BNT
 
 
-def backward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS, o_BTNH, lse_BNT,
+def backward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids, o_BTNH, lse_BNT,
              do_BTNH, options: Options):
   """Gradients of q, k, v and (float32) the sinks, or None without sinks."""
   q, k, v, o, do = map(sequence_minor,
                        (q_BTNH, k_BSKH, v_BSKH, o_BTNH, do_BTNH))
   *gradients, dsinks_N = tpu_backward.backward(
-      q, k, v, sinks_N, segment_ids_BS, o, lse_BNT, do, options,
+      q, k, v, sinks_N, segment_ids, o, lse_BNT, do, options,
       _blocks(options).backward)
   return *map(sequence_major, gradients), dsinks_N

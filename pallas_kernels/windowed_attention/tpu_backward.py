@@ -42,7 +42,7 @@ def _gradients(q, k, v, do, lse, delta, segments, options, blocks):
   q, k, v, do, delta = map(padded, (q, k, v, do, delta))
   lse = padded(lse, -UNSEEN)  # no query there sees a key
   if segments is not None:
-    segments = padded(segments)[:, None]
+    segments = [padded(x)[:, None] for x in segments]
   args = q, k, v, do, lse, delta, segments, options
 
   plan = Plan(window, options.scale, options.soft_cap, group, rows, LANES,
@@ -70,7 +70,7 @@ def _gradients(q, k, v, do, lse, delta, segments, options, blocks):
   return [x[..., :length] for x in gradients]
 
 
-def backward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, o_BNHT, lse_BNT,
+def backward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids, o_BNHT, lse_BNT,
              do_BNHT, options, blocks):
   """Gradients of q, k, v as these lie, and of the sinks, float32, or None."""
   batch, num_heads, head_dim, num_queries = q_BNHT.shape
@@ -86,15 +86,19 @@ def backward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, o_BNHT, lse_BNT,
   last = options.q_offset + num_queries
   def seen(x):
     return x[..., first:last]
-  def grouped(x, value=0):
-    x = x.reshape(batch, num_kv_heads, -1, *x.shape[2:])
+  def shifted(x, value=0):
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1)
                    + [(options.q_offset - first, 0)], constant_values=value)
+  def grouped(x, value=0):
+    return shifted(x.reshape(batch, num_kv_heads, -1, *x.shape[2:]), value)
+  segments = None
+  if segment_ids is not None:
+    q_segment_BT, k_segment_BS = (x.astype(jnp.int32) for x in segment_ids)
+    segments = shifted(q_segment_BT), seen(k_segment_BS)
   dq, dk, dv = _gradients(
       grouped(q_BNHT), seen(k_BKHS), seen(v_BKHS), grouped(do_BNHT),
       grouped(lse_BNT, -UNSEEN), grouped(delta_BNT),
-      None if segment_ids_BS is None else seen(segment_ids_BS).astype(
-          jnp.int32), options, blocks)
+      segments, options, blocks)
   dq = dq[..., options.q_offset - first:].reshape(q_BNHT.shape)
   dk, dv = (jnp.pad(x, [(0, 0)] * 3 + [(first, num_keys - last)])
             for x in (dk, dv))

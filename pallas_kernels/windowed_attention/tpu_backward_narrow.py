@@ -105,7 +105,7 @@ def _kernel(*refs, plan, has_segments, interpreted):
   names = Names(refs)
   q, do, lse, delta, k, v, k_before, v_before = names.take(8)
   mask_left, mask_right = names.take(2, plan.mask_by_matmul)
-  segments, segments_before = names.take(2, has_segments)
+  segments, segments_k, segments_before = names.take(3, has_segments)
   dq, dk, dv, kt, vt, k_tiles, k_windows, dk_sum, dv_sum = names.take(9)
   packed_q, packed_do, packed_dq = names.take(3, plan.packed > 1)
   key_segments = names.one(has_segments)
@@ -124,7 +124,7 @@ def _kernel(*refs, plan, has_segments, interpreted):
 
   if has_segments:
     segments_down(key_segments, segments_before[...])
-    segments_down(key_segments, segments[...], halo)
+    segments_down(key_segments, segments_k[...], halo)
   for x in dk_sum, dv_sum:
     # What the step before, of later queries, has found for our last keys.
     later = jnp.where(pl.program_id(2) == 0, 0.0, x[:, :, :halo])
@@ -293,10 +293,10 @@ def gradients(plan, q, k, v, do, lse, delta, segments, options):
       args.append(jnp.asarray(x))
       in_specs.append(pl.BlockSpec(x.shape, lambda b, h, i: (0, 0)))
   if segments is not None:
-    args += [segments, segments]
-    in_specs += [pl.BlockSpec((None, 1, rows), lambda b, h, i: (b, 0, at(i))),
-                 pl.BlockSpec((None, 1, halo),
-                              lambda b, h, i: (b, 0, before(i)))]
+    args += [*segments, segments[1]]
+    in_specs += [
+        *[pl.BlockSpec((None, 1, rows), lambda b, h, i: (b, 0, at(i)))] * 2,
+        pl.BlockSpec((None, 1, halo), lambda b, h, i: (b, 0, before(i)))]
   keys = halo + rows
   reach = halo // LANES + 1
   sums = 1 if plan.whole_tiles else plan.packed

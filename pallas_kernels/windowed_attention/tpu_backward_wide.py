@@ -157,8 +157,8 @@ def gradients(plan, q, k, v, do, lse, delta, segments, options, want_q=True,
   in_specs = [q_spec, q_spec, row_spec, row_spec,
               *[spec(k_at, head_dim, rows)] * 2]
   if segments is not None:
-    for at in q_at, k_at:
-      args.append(segments)
+    for x, at in zip(segments, (q_at, k_at)):
+      args.append(x)
       in_specs.append(pl.BlockSpec(
           (None, 1, rows), lambda b, h, i, j, at=at: (b, 0, at(i, j))))
   out, out_specs = [], []

@@ -4,7 +4,7 @@ from pallas_kernels.windowed_attention import (tpu_blocks, tpu_fold,
                                                tpu_running)
 
 
-def forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, options, blocks):
+def forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids, options, blocks):
   """The output [B, N, H, T] and log of the denominator, float32 [B, N, T].
 
   `blocks` chooses the kernel: `FoldBlocks` or `RunningBlocks`; None takes the
@@ -13,7 +13,7 @@ def forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, options, blocks):
   shape = tpu_blocks.Shape(
       q_BNHT.shape[3], q_BNHT.shape[2], q_BNHT.shape[1] // k_BKHS.shape[1],
       options.window,
-      options.soft_cap is None and segment_ids_BS is None
+      options.soft_cap is None and segment_ids is None
       and options.q_offset == 0)
   if blocks is None:
     blocks = tpu_blocks.forward_blocks(shape, platforms.tpu_generation())
@@ -21,5 +21,5 @@ def forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, options, blocks):
     if reason := blocks.unfit(shape):
       raise ValueError(f"{blocks}: {reason}")
     return tpu_fold.forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, options, blocks)
-  return tpu_running.forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS,
+  return tpu_running.forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids,
                              options, blocks)

@@ -118,7 +118,7 @@ def _kernel(i_ref, j_ref, q_ref, k_ref, v_ref, sinks_ref, *refs, options,
       o_ref[g] = (acc_ref[g] / l[g:g + 1]).astype(o_ref.dtype)
 
 
-def _running(q_BKGHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, options,
+def _running(q_BKGHT, k_BKHS, v_BKHS, sinks_N, segment_ids, options,
              blocks):
   """Output and log of the denominator, of whole blocks."""
   batch, num_kv_heads, group, head_dim, num_queries = q_BKGHT.shape
@@ -134,17 +134,15 @@ def _running(q_BKGHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, options,
               pl.BlockSpec((None, group, LANES),
                            lambda b, k, n, i, j: (k, 0, 0))]
   args = [q_BKGHT, k_BKHS, v_BKHS, by_head(sinks_N, num_kv_heads, group)]
-  if segment_ids_BS is not None:
-    q_segment_BT = segment_ids_BS[:, options.q_offset:][:, :num_queries]
-    for x, size, axis in ((q_segment_BT, queries, 0),
-                          (segment_ids_BS, keys, 1)):
+  if segment_ids is not None:
+    for axis, (x, size) in enumerate(zip(segment_ids, (queries, keys))):
       in_specs.append(pl.BlockSpec(
           (None, 1, size), lambda b, k, n, *ij, axis=axis: (b, 0, ij[axis][n])))
       args.append(x[:, None].astype(jnp.int32))
   state = pltpu.VMEM((group, queries), jnp.float32)
   return pl.pallas_call(
       functools.partial(_kernel, options=options,
-                        has_segments=segment_ids_BS is not None),
+                        has_segments=segment_ids is not None),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=2, grid=(batch, num_kv_heads, len(i)),
           in_specs=in_specs, out_specs=[q_spec, row_spec],
@@ -160,7 +158,7 @@ def _running(q_BKGHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, options,
   )(i, j, *args)
 
 
-def forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, options, blocks):
+def forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids, options, blocks):
   """The output [B, N, H, T] and log of the denominator, float32 [B, N, T]."""
   batch, num_heads, head_dim, num_queries = q_BNHT.shape
   num_kv_heads, num_keys = k_BKHS.shape[1], k_BKHS.shape[3]
@@ -169,10 +167,11 @@ def forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, segment_ids_BS, options, blocks):
   whole_keys = -(-whole_keys // blocks.keys) * blocks.keys
   q_BKGHT = padded(q_BNHT, whole).reshape(
       batch, num_kv_heads, -1, head_dim, whole)
-  if segment_ids_BS is not None:
-    segment_ids_BS = padded(segment_ids_BS, whole_keys)
+  if segment_ids is not None:
+    segment_ids = [padded(x, length)
+                   for x, length in zip(segment_ids, (whole, whole_keys))]
   o, lse = _running(q_BKGHT, padded(k_BKHS, whole_keys),
-                    padded(v_BKHS, whole_keys), sinks_N, segment_ids_BS,
+                    padded(v_BKHS, whole_keys), sinks_N, segment_ids,
                     options, blocks)
   o = o.reshape(*q_BNHT.shape[:3], whole)
   lse = lse.reshape(batch, num_heads, whole)

@@ -70,7 +70,7 @@ def _starts(i, span, chunk, num_queries, num_keys, options):
   return q_start, jnp.clip(k_start, 0, num_keys - span.keys)
 
 
-def _scores(q, k, segment_ids_BS, q_start, k_start, options):
+def _scores(q, k, segment_ids, q_start, k_start, options):
   """Masked scores [B, K, G, C, keys] and tanh(scores / cap), float32."""
   chunk, keys = q.shape[3], k.shape[2]
   s = options.scale * jnp.einsum("BKGCH,BKSH->BKGCS", q, k,
@@ -82,15 +82,15 @@ def _scores(q, k, segment_ids_BS, q_start, k_start, options):
   q_position = q_start + options.q_offset
   seen = reference.visible(q_position + jnp.arange(chunk),
                            k_start + jnp.arange(keys), options.window)
-  if segment_ids_BS is not None:
-    q_segment = _slice(segment_ids_BS, q_position, chunk, 1)
-    k_segment = _slice(segment_ids_BS, k_start, keys, 1)
+  if segment_ids is not None:
+    q_segment = _slice(segment_ids[0], q_start, chunk, 1)
+    k_segment = _slice(segment_ids[1], k_start, keys, 1)
     seen = seen & (q_segment[:, :, None] == k_segment[:, None])
     seen = seen[:, None, None]
   return jnp.where(seen, s, -jnp.inf), tanh
 
 
-def _forward(q, k, v, sinks_KG, segment_ids_BS, options: Options):
+def _forward(q, k, v, sinks_KG, segment_ids, options: Options):
   """The output [B, K, G, T, H] and log of the denominator [B, K, G, T]."""
   *_, num_queries, _ = q.shape
   num_keys = k.shape[2]
@@ -101,7 +101,7 @@ def _forward(q, k, v, sinks_KG, segment_ids_BS, options: Options):
     q_start, k_start = _starts(i, span, chunk, num_queries, num_keys, options)
     k_chunk = _slice(k, k_start, span.keys, 2)
     v_chunk = _slice(v, k_start, span.keys, 2)
-    s, _ = _scores(_slice(q, q_start, chunk, 3), k_chunk, segment_ids_BS,
+    s, _ = _scores(_slice(q, q_start, chunk, 3), k_chunk, segment_ids,
                    q_start, k_start, options)
     top = jnp.max(s, -1)
     if sinks_KG is not None:
@@ -124,7 +124,7 @@ def _forward(q, k, v, sinks_KG, segment_ids_BS, options: Options):
   return carry
 
 
-def _backward(q, k, v, sinks_KG, segment_ids_BS, o, lse, do,
+def _backward(q, k, v, sinks_KG, segment_ids, o, lse, do,
               options: Options):
   """Gradients of q, k, v and the sinks."""
   num_queries, num_keys = q.shape[3], k.shape[2]
@@ -136,7 +136,7 @@ def _backward(q, k, v, sinks_KG, segment_ids_BS, o, lse, do,
     q_start, k_start = _starts(i, span, chunk, num_queries, num_keys, options)
     q_chunk, do_chunk = (_slice(x, q_start, chunk, 3) for x in (q, do))
     k_chunk, v_chunk = (_slice(x, k_start, span.keys, 2) for x in (k, v))
-    s, tanh = _scores(q_chunk, k_chunk, segment_ids_BS, q_start, k_start,
+    s, tanh = _scores(q_chunk, k_chunk, segment_ids, q_start, k_start,
                       options)
     # The last chunk may begin in rows that the one before has done.
     new = q_start + jnp.arange(chunk) >= i * chunk
@@ -193,19 +193,19 @@ def unsupported(*_) -> str | None:
   return None
 
 
-def forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS, options: Options):
+def forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids, options: Options):
   """The output [B, T, N, H] and log of the denominator, float32 [B, N, T]."""
-  o, lse = _forward(*_inside(q_BTNH, k_BSKH, v_BSKH, sinks_N), segment_ids_BS,
+  o, lse = _forward(*_inside(q_BTNH, k_BSKH, v_BSKH, sinks_N), segment_ids,
                     options)
   return _ungrouped(o), lse.reshape(lse.shape[0], -1, lse.shape[-1])
 
 
-def backward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BS, o_BTNH, lse_BNT,
+def backward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids, o_BTNH, lse_BNT,
              do_BTNH, options: Options):
   """Gradients of q, k, v and (float32) the sinks, or None without sinks."""
   q, k, v, sinks_KG = _inside(q_BTNH, k_BSKH, v_BSKH, sinks_N)
   o, do = (_grouped(x, k.shape[1]) for x in (o_BTNH, do_BTNH))
-  dq, dk, dv, dsinks = _backward(q, k, v, sinks_KG, segment_ids_BS, o,
+  dq, dk, dv, dsinks = _backward(q, k, v, sinks_KG, segment_ids, o,
                                  lse_BNT.reshape(q.shape[:-1]), do, options)
   if dsinks is not None:
     dsinks = dsinks.reshape(-1)

@@ -68,6 +68,8 @@ def inputs(sizes, options, dtype):
   segments = None
   if options.get("segments"):  # uneven runs; id 1 belongs to nobody
     segments = np.sort(random.choice([-7, 0, 2, 900], (batch, s)), axis=1)
+    first = options.get("q_offset", 0)
+    segments = segments[:, first:first + t], segments
   return q, k, v, sinks, segments
 
 
@@ -95,7 +97,7 @@ def lse_by_reference(q, k, v, sinks, segments, options):
   position = options.q_offset + jnp.arange(q.shape[1])
   seen = reference.visible(position, jnp.arange(k.shape[1]), options.window)
   if segments is not None:
-    seen = seen & (segments[:, position, None] == segments[:, None])[:, None]
+    seen = seen & (segments[0][..., None] == segments[1][:, None])[:, None]
   lse = jax.nn.logsumexp(jnp.where(seen, s, -jnp.inf), -1)
   return lse if sinks is None else jnp.logaddexp(lse, sinks[:, None])
 

@@ -62,6 +62,8 @@ def inputs(sizes, options, dtype):
     # Runs of uneven length; id 1 belongs to nobody and -7 is no count.
     segments = np.sort(random.choice([-7, 0, 2, 3, 900], (batch, s)), axis=1)
     segments = jnp.asarray(segments, jnp.int32)
+    first = options.get("q_offset", 0)
+    segments = segments[:, first:first + t], segments
   return q, k, v, sinks, segments, do
 
 

@@ -1,12 +1,15 @@
 """Checkpoints that are of another run, damaged or not finite."""
 import pathlib
+import random
 import shutil
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.train.checkpoint import CheckpointError, Checkpoints
 
 # Damaged files leave tensorstore futures that nobody asks for their error.
@@ -116,6 +119,85 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
   checkpoints.save(4, state(4), EXPECTED)
   checkpoints.close()
   assert restore(directory)[1]["step"] == 4
+
+
+def restored_after_a_flip(directory, path, rng, end=None) -> int:
+  """The step that is restored when one bit of a file of step 4 is another;
+  it is as it was saved, and all is put back."""
+  content = path.read_bytes()
+  flipped = bytearray(content)
+  flipped[rng.randrange(end or len(flipped))] ^= 1 << rng.randrange(8)
+  path.write_bytes(flipped)
+  restored, about = restore(directory)
+  jax.tree.map(np.testing.assert_array_equal, restored, state(about["step"]))
+  for aside in directory.with_name("checkpoints-damaged").glob("4-*"):
+    aside.rename(directory / "4")
+  path.write_bytes(content)
+  return about["step"]
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint of step 4 is damaged")
+def test_each_of_100_flipped_bits_of_the_data_is_detected(directory):
+  path, rng = largest(directory, 4), random.Random(0)
+  # Arrays, each a frame of zstd; the last is an index that is no longer read.
+  end = path.read_bytes().rindex(b"\x28\xb5\x2f\xfd")
+  assert end > 0.9 * path.stat().st_size
+  assert [restored_after_a_flip(directory, path, rng, end)
+          for _ in range(100)] == [3] * 100
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint of step 4 is damaged")
+def test_a_flipped_bit_of_any_file_is_detected_or_without_effect(directory):
+  rng = random.Random(1)
+  files = sorted(path for path in (directory / "4").rglob("*")
+                 if path.is_file())
+  found = {restored_after_a_flip(directory, path, rng)
+           for path in files for _ in range(3)}
+  assert found == {3, 4}
+
+
+LAYOUTS = [({"data": 8}, P("data"), P(None, "data")),
+           ({"data": 2, "expert": 4}, P(("data", "expert")), P("expert")),
+           ({"data": 2, "tensor": 2}, P("tensor", "data"), P()),
+           (None, None, None)]
+
+
+def laid_out(tree, layout):
+  sizes, *specs = layout
+  if sizes is None:
+    return jax.device_put(tree, jax.devices()[0])
+  devices = jax.devices()[:np.prod(list(sizes.values()))]
+  mesh = make_mesh(sizes, devices)
+  return {name: jax.device_put(x, NamedSharding(mesh, spec))
+          for (name, x), spec in zip(tree.items(), specs, strict=True)}
+
+
+@pytest.mark.parametrize("before", range(4))
+def test_restored_onto_other_devices_bit_identical(tmp_path, before):
+  tree = {name: jax.random.normal(jax.random.key(i), (16, 8 * (i + 3)), dtype)
+          for i, (name, dtype) in enumerate(
+              {"w": jnp.float32, "v": jnp.bfloat16}.items())}
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+  checkpoints.save(1, laid_out(tree, LAYOUTS[before]), EXPECTED)
+  checkpoints.wait()
+  for layout in LAYOUTS:
+    wanted = laid_out(tree, layout)
+    restored, _ = checkpoints.restore(abstract(wanted), EXPECTED)
+    for name, leaf in restored.items():
+      assert leaf.sharding == wanted[name].sharding
+      np.testing.assert_array_equal(np.asarray(leaf), np.asarray(tree[name]))
+  checkpoints.close()
+
+
+def test_the_best_are_kept_besides_the_newest(tmp_path):
+  losses = [5.0, 2.0, None, 3.0, 2.5, 4.0, None, 6.0]
+  for step, loss in enumerate(losses):
+    # As after a restart, when what was saved before has to be read.
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_best=2)
+    checkpoints.save(step, state(step), EXPECTED, eval_loss=loss)
+    checkpoints.close()
+  assert sorted(int(path.name) for path in tmp_path.iterdir()) == [1, 4, 6, 7]
+  assert restore(tmp_path)[1]["eval_loss"] == 6.0
 
 
 def test_a_digit_changed_in_the_description_is_damage(directory):
