@@ -20,6 +20,7 @@ import typing
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxlm.config import LayerKind, MLAConfig, ModelConfig, Stack, stacks
 from jaxlm.model.attention import Attention
@@ -31,7 +32,9 @@ from jaxlm.model.moe import MoE
 from jaxlm.model.rope import RopeTable, rope_table
 from jaxlm.model.routing import RouterOutput
 from jaxlm.parallel.schemes import SCHEMES
-from jaxlm.parallel.mesh import check_divides, current, shard, unset
+from jaxlm.parallel import pipeline
+from jaxlm.parallel.mesh import (axis_size, check_divides, current, shard,
+                                 spec, unset)
 from jaxlm.parallel.vocabulary import lookup, project
 
 REMAT_POLICIES = {
@@ -60,7 +63,8 @@ class Execution:
   dispatch says how tokens get to the devices of their experts: one of
   `jaxlm.parallel.schemes.SCHEMES`, or "auto" for the one that should be
   quickest. Only "capacity" drops anything: what an expert is sent beyond
-  `capacity_factor` times an equal share, by each device.
+  `capacity_factor` times an equal share, by each device. microbatches: in how
+  many a batch goes through stages, if any; 0 takes up to four for each.
   """
   dtype: str = "float32"
   remat: str = "none"
@@ -70,6 +74,7 @@ class Execution:
   fsdp: bool = True
   dispatch: str = "auto"
   capacity_factor: float = 1.25
+  microbatches: int = 0
 
   def __post_init__(self):
     if self.remat not in REMAT_POLICIES:
@@ -292,11 +297,40 @@ def forward(config: ModelConfig, params: dict, tokens_BT, *,
     raise ValueError(f"{tokens_BT.shape[1]} tokens, but the model has "
                      f"{config.max_positions} learned positions")
   context = make_context(config, tokens_BT, positions_BT, segment_ids_BT, key)
+  if axis_size("stage") > 1:
+    return _forward_in_stages(config, params, tokens_BT, context, execution)
   if execution.scan_layers and "layers" not in params:
     return Decoder(config, execution).apply({"params": params}, tokens_BT,
                                             context)
   return _forward_per_layer(config, per_layer(config, params), tokens_BT,
                             context, execution)
+
+
+def _forward_in_stages(config, params, tokens_BT, context, execution):
+  pipeline.check(config, context.key is not None)
+  if "layers" in params:
+    raise ValueError("parameters per layer under a mesh of stages: use those "
+                     "of init_params, whose stacks are split")
+  stack, = stacks(config)
+  period = Period(config, stack.kinds, execution)
+
+  def apply(p, x_BTD, index, context):
+    return period.apply({"params": p}, x_BTD, index, context)
+
+  axes = nn.get_partition_spec(jax.eval_shape(functools.partial(
+      init_variables, config), jax.random.key(0)))["stack_0"]
+  # Routers are used whole.
+  specs = jax.tree.map(
+      lambda x: spec(*(x[:1] if "router" in x else x), fsdp=execution.fsdp),
+      axes, is_leaf=lambda x: isinstance(x, PartitionSpec))
+  x_BTD = _embed(config, params, tokens_BT, context, execution)
+  x_BTD, routers = pipeline.run(
+      apply, params["stack_0"], specs,
+      stack.start + len(stack.kinds) * jnp.arange(stack.repeats), x_BTD,
+      context._replace(key=None),
+      pipeline.choose_microbatches(len(tokens_BT), execution.microbatches))
+  return Output(_final_norm(config, params, x_BTD),
+                jax.tree.map(_interleave, *routers) if routers else None)
 
 
 def _forward_per_layer(config, params, tokens_BT, context, execution):

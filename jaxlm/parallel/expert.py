@@ -44,7 +44,7 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
     ValueError: weights do not divide over the mesh, or the scheme is unknown
       or cannot serve this router.
   """
-  batch = x_BTD.shape[:2]
+  batch = mesh.whole_shape(x_BTD.shape[:2], "batch", "length")
   split = _token_axes(*batch)
   tokens = P(*split, None)
   split = frozenset(split[0] + split[1])
@@ -70,8 +70,8 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
       choice, sums = _token_choice(config, inputs, noise_BTE, plan)
       run = dispatch.run
     # From here on all differs from device to device, so that gradients are
-    # summed here, where they are smallest.
-    axes = split | manual.varying(weights) | {AXIS, "tensor"}
+    # summed here, where they are smallest. Stages have other layers' tokens.
+    axes = split | manual.varying(weights) - {"stage"} | {AXIS, "tensor"}
     x_TD, choice, weights = mesh.vary((x_TD, choice, weights), axes)
     y_TD = run(x_TD, *choice, laid_out.used(weights), plan)
     return (_settle(y_TD, split, axes).reshape(x_BTD.shape),
@@ -209,7 +209,7 @@ def _lay_out(weights, config: MLPConfig, dtype, fsdp: bool) -> _LaidOut:
   arrays = first, first_bias, down, down_bias
   specs = []
   for what, x, of_x in zip(names, arrays, axes, strict=True):
-    if x is not None:
+    if x is not None and not mesh.in_hand():
       mesh.check_divides(what, x.shape, of_x, mesh.current(), fsdp)
     # A quantized leaf's arrays have its experts in front.
     specs.append(mesh.spec(*of_x[:1] if is_quantized(x) else of_x, fsdp=fsdp))

@@ -177,10 +177,25 @@ def named_sharding(mesh, what: str, shape, axes, fsdp: bool = True):
   return NamedSharding(mesh, spec(*axes, fsdp=fsdp))
 
 
+def in_hand() -> bool:
+  """Whether arrays are each device's own parts: inside `manual`."""
+  mesh = current()
+  return mesh is not None and set(mesh.axis_types) == {AxisType.Manual}
+
+
+def whole_shape(shape, *axes: str) -> tuple[int, ...]:
+  """The shape over all devices, inside `manual` too, of an array split by
+  these logical axes."""
+  if not in_hand():
+    return tuple(shape)
+  return tuple(size * axis_size(*RULES[axis])
+               for size, axis in zip(shape, axes, strict=True))
+
+
 def shard(x, *axes: str | None, fsdp: bool = True):
   """Says how XLA is to split x; x itself where no mesh is set."""
   mesh = current()
-  if mesh is None or mesh.size == 1:
+  if mesh is None or mesh.size == 1 or in_hand():
     return x
   return jax.lax.with_sharding_constraint(
       x, _automatic(mesh, spec(*axes, fsdp=fsdp)))
@@ -199,10 +214,13 @@ def _automatic(mesh, parts: P) -> P:
 
 def manual(function, in_specs, out_specs):
   """`function` of each device's own parts, over all axes of the mesh that are
-  not in hand already. Specs as for `jax.shard_map`, made by `spec`."""
+  not in hand already: itself where all are. Specs as for `jax.shard_map`, made
+  by `spec`."""
   mesh = current()
   free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types)
           if kind != AxisType.Manual}
+  if in_hand():
+    return function
   specs = [jax.tree.map(functools.partial(_automatic, mesh), tree,
                         is_leaf=lambda x: isinstance(x, P))
            for tree in (in_specs, out_specs)]
