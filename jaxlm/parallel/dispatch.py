@@ -196,8 +196,8 @@ def _exchanged(x_TD, routing, weights, plan: Plan, rounds, parts, by):
   def one_round(i, floats, others):
     (x_MD, weight_M, weights), (parts, quantized) = floats, others
     there, back, sizes_L = by(i, parts)
-    y_RD = plan.compute(there(x_MD), sizes_L, there(weight_M),
-                        _together(weights, quantized))
+    x_RD, weight_R = there(x_MD, weight_M)
+    y_RD = plan.compute(x_RD, sizes_L, weight_R, _together(weights, quantized))
     return back(y_RD, len(x_MD))
 
   weights, quantized = _apart(weights)
