@@ -9,7 +9,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from jaxlm import cli_text
+from jaxlm import cli_plan, cli_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
   add = functools.partial(_add, commands)
   cli_text.add_generate(add)
   cli_text.add_chat(add)
+  cli_plan.add_plan(add)
   return parser
 
 

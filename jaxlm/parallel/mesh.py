@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 # From the slowest links to the fastest: `tensor` neighbours are next to each
@@ -96,9 +97,17 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     raise ValueError(f"mesh {given} is {math.prod(sizes.values())} devices, "
                      f"but there are {len(devices)}: choose sizes whose "
                      "product is that")
-  return jax.make_mesh([sizes.get(name, 1) for name in AXES], AXES,
-                       axis_types=(AxisType.Auto,) * len(AXES),
-                       devices=devices)
+  return Mesh(_arranged([sizes.get(name, 1) for name in AXES], devices), AXES,
+              axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(sizes, devices):
+  try:
+    return mesh_utils.create_device_mesh(sizes, devices)
+  except NotImplementedError:
+    # An axis of the mesh takes part of one of the torus, as 8 of 4x4x4.
+    return mesh_utils.create_device_mesh(sizes, devices,
+                                         allow_split_physical_axes=True)
 
 
 def current():
@@ -199,6 +208,12 @@ def manual(function, in_specs, out_specs):
            for tree in (in_specs, out_specs)]
   return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1],
                        axis_names=free)
+
+
+def of_each(function, in_specs, out_specs):
+  """`manual` under a mesh, `function` itself without."""
+  return function if current() is None else manual(function, in_specs,
+                                                   out_specs)
 
 
 def vary(x, axes: Iterable[str] | None = None):

@@ -43,6 +43,10 @@ def weight_gradient(x_MD, dy_MF, num_experts: int, visits, *, rows: int,
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"),
           vmem_limit_bytes=vmem_bytes),
+      cost_estimate=pl.CostEstimate(
+          flops=2 * len(x_MD) * dim_in * dim_out, transcendentals=0,
+          bytes_accessed=(x_MD.nbytes + dy_MF.nbytes
+                          + 4 * num_experts * dim_in * dim_out)),
       interpret=interpret, name="expert_weight_gradient")(
           *visits[:-1], x_MD, dy_MF)
 

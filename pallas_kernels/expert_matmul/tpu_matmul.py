@@ -143,6 +143,9 @@ def matmul(x_MK, weights: Operand, num_outputs: int, visits, plan: Plan, *,
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),
+      cost_estimate=pl.CostEstimate(
+          flops=2 * num_rows * depth * num_outputs * half, transcendentals=0,
+          bytes_accessed=sum(x.nbytes for x in operands)),
       interpret=plan.interpret, name="expert_matmul")(*arrays, *operands)
 
 

@@ -1,0 +1,1 @@
+"""What a model costs on hardware one does not have: `jaxlm plan`."""
