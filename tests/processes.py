@@ -1,4 +1,8 @@
-"""Runs `python -m jaxlm.train` of a small mixture in processes of their own."""
+"""Runs `python -m jaxlm.train` of a small mixture in processes of their own.
+
+Several of them split over `data` alone: where a program's exchanges go over
+several sets of devices, XLA's on CPUs sometimes wait for each other forever.
+"""
 import json
 import os
 import pathlib
@@ -65,8 +69,9 @@ class Processes:
   def wait_for(self, text: str, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while text not in self.said():
-      assert time.monotonic() < end and self.processes[0].poll() is None, (
-          self.said())
+      if time.monotonic() > end or self.processes[0].poll() is not None:
+        self.kill()
+        raise AssertionError(self.said())
       time.sleep(0.05)
 
   def wait(self, seconds: float = 150) -> list[int]:

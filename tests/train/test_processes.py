@@ -10,13 +10,14 @@ from processes import Processes
 
 pytestmark = pytest.mark.slow
 
-MESH = "--mesh=data=4,expert=2"
+MESH = "--mesh=data=8"
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, program_cache):
   """One process with eight devices."""
-  run = Processes(program_cache, tmp_path_factory.mktemp("alone") / "run", MESH)
+  run = Processes(program_cache, tmp_path_factory.mktemp("alone") / "run",
+                  "--mesh=data=4,expert=2")
   assert run.wait() == [0], run.said()
   return run
 
@@ -36,7 +37,7 @@ def killed(tmp_path_factory, program_cache):
 
 def test_a_lost_process_ends_the_other_with_a_word(killed):
   run, status, seconds = killed
-  assert status not in (0, None) and seconds < 40
+  assert status != 0 and seconds < 40
   # What ends it is jax or a failed exchange; the word is there in both cases.
   deadline = time.monotonic() + 5
   while "Start all of them again" not in run.said():
@@ -64,14 +65,14 @@ def test_two_processes_have_the_losses_of_one(killed, alone):
   same(losses, alone.losses()[:len(losses)])
 
 
-@pytest.mark.parametrize("count, mesh", [(2, "data=8"),
-                                         (1, "data=4")])
+@pytest.mark.parametrize("count, devices, mesh", [
+    (2, 4, "data=4"), (1, 8, "data=4,expert=2")])
 def test_the_run_goes_on_with_other_processes_and_another_mesh(
-    killed, alone, program_cache, count, mesh):
+    killed, alone, program_cache, count, devices, mesh):
   before = killed[0].workdir
   workdir = shutil.copytree(before, before.with_name(f"on_{count}"))
   run = Processes(program_cache, workdir, f"--mesh={mesh}", count=count,
-                  devices=8 if count == 2 else 4)
+                  devices=devices)
   assert run.wait() == [0] * count, run.said()
   first = int(run.said().split("step ")[1].split("/")[0])
   assert first in (3, 5, 7)  # after a checkpoint, not from the beginning
