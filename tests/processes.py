@@ -1,8 +1,4 @@
-"""Runs `python -m jaxlm.train` of a small mixture in processes of their own.
-
-Several of them split over `data` alone: where a program's exchanges go over
-several sets of devices, XLA's on CPUs sometimes wait for each other forever.
-"""
+"""Runs `python -m jaxlm.train` of a small mixture in processes of their own."""
 import json
 import os
 import pathlib
@@ -23,7 +19,7 @@ MODEL = ModelConfig(
     moe=MoEConfig(4, 2, MLPConfig(24)),
     attention=AttentionConfig(4, 2, 6, rope_full=RopeConfig()))
 FLAGS = ("--steps=10 --batch-size=8 --seq-len=22 --learning-rate=0.01 "
-         "--log-every=1 --eval-batches=2 --checkpoint-every=2 "
+         "--log-every=1 --eval-every=4 --eval-batches=2 --checkpoint-every=2 "
          "--heldout-fraction=0.3").split()
 
 

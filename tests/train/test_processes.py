@@ -10,14 +10,13 @@ from processes import Processes
 
 pytestmark = pytest.mark.slow
 
-MESH = "--mesh=data=8"
+MESH = "--mesh=data=4,expert=2"
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, program_cache):
   """One process with eight devices."""
-  run = Processes(program_cache, tmp_path_factory.mktemp("alone") / "run",
-                  "--mesh=data=4,expert=2")
+  run = Processes(program_cache, tmp_path_factory.mktemp("alone") / "run", MESH)
   assert run.wait() == [0], run.said()
   return run
 
@@ -52,11 +51,9 @@ def test_the_first_process_alone_speaks(killed):
 
 
 def same(losses, wanted):
-  assert [line[0] for line in losses] == [line[0] for line in wanted]
-  np.testing.assert_allclose([line[1] for line in losses],
-                             [line[1] for line in wanted], rtol=3e-6)
-  if len(losses) == 10:
-    np.testing.assert_allclose(losses[-1][2], wanted[-1][2], rtol=3e-6)
+  """Steps, losses and, where there are any, held-out losses."""
+  np.testing.assert_allclose(np.array(losses, float), np.array(wanted, float),
+                             rtol=3e-6)
 
 
 def test_two_processes_have_the_losses_of_one(killed, alone):
@@ -66,7 +63,7 @@ def test_two_processes_have_the_losses_of_one(killed, alone):
 
 
 @pytest.mark.parametrize("count, devices, mesh", [
-    (2, 4, "data=4"), (1, 8, "data=4,expert=2")])
+    (2, 8, "data=2,expert=4"), (1, 4, "data=4")])
 def test_the_run_goes_on_with_other_processes_and_another_mesh(
     killed, alone, program_cache, count, devices, mesh):
   before = killed[0].workdir
