@@ -1,10 +1,13 @@
 """A run small in every dimension; as a script, one that can be killed.
 
 python toy_training.py WORKDIR [LARGEST_FILE] saves at every step, prints each
-as it is reported, and at the end a hash of the parameters.
+as it is reported, and at the end a hash of the parameters. Without arguments
+it does so in a fork for each WORKDIR on standard input, which need not import
+all again; a fork says its process id first, and how it ended is said last.
 """
 import dataclasses
 import hashlib
+import os
 import resource
 import sys
 
@@ -87,5 +90,18 @@ def main(workdir: str, largest_file: str = "") -> int:
   return 0
 
 
+def fork_each() -> int:
+  for line in sys.stdin:
+    child = os.fork()
+    if not child:
+      print("pid", os.getpid(), flush=True)
+      status = main(line.strip())
+      sys.stdout.flush()
+      os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("ended", status, flush=True)
+  return 0
+
+
 if __name__ == "__main__":
-  sys.exit(main(*sys.argv[1:]))
+  sys.exit(main(*sys.argv[1:]) if sys.argv[1:] else fork_each())

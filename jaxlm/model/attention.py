@@ -1,13 +1,11 @@
 """Grouped-query attention over a sequence, or over a cache."""
 import flax.linen as nn
-import jax.numpy as jnp
 
 from jaxlm.config import AttentionConfig, NormConfig
 from jaxlm.model import cache as cache_lib
 from jaxlm.model.layers import Norm, fan_in, weight
 from jaxlm.model.rope import rotate
-from pallas_kernels.windowed_attention import (cached_attention,
-                                               windowed_attention)
+from jaxlm.parallel import context as sequences, linear
 
 
 class Attention(nn.Module):
@@ -17,6 +15,7 @@ class Attention(nn.Module):
   norm: NormConfig
   residual_scale: float
   implementation: str
+  fsdp: bool = True
 
   @nn.compact
   def __call__(self, x_BTD, context, cache=None):
@@ -39,47 +38,45 @@ class Attention(nn.Module):
     if config.sinks:
       sinks = weight(self, "sinks", (config.num_heads,), ("heads",),
                      nn.initializers.zeros)
-    options = dict(
-        window=config.sliding_window if self.kind == "sliding" else None,
-        scale=config.query_scale, sinks_N=sinks, soft_cap=config.soft_cap,
-        implementation=self.implementation)
+    options = sequences.Options(
+        config.sliding_window if self.kind == "sliding" else None,
+        config.query_scale, config.soft_cap, self.implementation)
     if cache is not None and x_BTD.shape[1] == 1:
-      o = cached_attention(
-          q, k, v, *(x.astype(q.dtype)
-                     for x in cache.keys_and_values(config.num_kv_heads)),
-          context.positions_BT, cache.positions_BS, **options)
+      o = cache_lib.attention(
+          q, k, v, cache, context.positions_BT, sinks, window=options.window,
+          dtype=q.dtype, **options.attention())
     else:
-      o = windowed_attention(q, k, v, segment_ids=context.segment_ids_BT,
-                             **options)
+      o = sequences.attention(q, (k, v), (), sinks, context.segment_ids_BT,
+                              options)
     if cache is not None:
       cache = cache_lib.write(cache, k, v, context.positions_BT)
     return self._project_out(o, x_BTD.shape[-1]), cache
 
   def _project_in(self, x_BTD):
     config, d_model = self.config, x_BTD.shape[-1]
-    projected = []
+    weights, biases = [], []
     for name, heads in (("q", config.num_heads), ("k", config.num_kv_heads),
                         ("v", config.num_kv_heads)):
       axis = "heads" if name == "q" else "kv_heads"
-      w_DNH = weight(self, f"{name}_proj", (d_model, heads, config.head_dim),
-                     ("embed", axis, "head_dim"), fan_in(axis=-3))
-      y = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH.astype(x_BTD.dtype))
+      axes = "embed", axis, "head_dim"
+      weights.append((weight(self, f"{name}_proj",
+                             (d_model, heads, config.head_dim), axes,
+                             fan_in(axis=-3)), axes))
+      bias = None
       if name in config.biases:
         bias = weight(self, f"{name}_bias", (heads, config.head_dim),
-                      (axis, "head_dim"), nn.initializers.zeros)
-        y += bias.astype(y.dtype)
-      projected.append(y)
-    return projected
+                      axes[1:], nn.initializers.zeros)
+      biases.append(bias)
+    return [y if bias is None else y + bias.astype(y.dtype) for y, bias in
+            zip(linear.columns(x_BTD, weights, self.fsdp), biases)]
 
   def _project_out(self, o_BTNH, d_model):
     config = self.config
+    axes = "heads", "head_dim", "embed"
     w_NHD = weight(self, "o_proj",
-                   (config.num_heads, config.head_dim, d_model),
-                   ("heads", "head_dim", "embed"),
+                   (config.num_heads, config.head_dim, d_model), axes,
                    fan_in(self.residual_scale, axis=(-3, -2)))
-    # As one flat matmul: XLA would copy the weight transposed, each step.
-    y_BTD = (o_BTNH.reshape(*o_BTNH.shape[:2], -1)
-             @ w_NHD.astype(o_BTNH.dtype).reshape(-1, d_model))
+    y_BTD = linear.rows(o_BTNH, w_NHD, axes, self.fsdp)
     if "o" in config.biases:
       bias = weight(self, "o_bias", (d_model,), ("norm",),
                     nn.initializers.zeros)

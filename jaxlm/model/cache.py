@@ -1,11 +1,16 @@
-"""The key/value cache: a ring of the window's size on sliding layers."""
+"""The key/value cache: a ring of the window's size on sliding layers.
+
+Under a mesh a device holds its own sequences' slots of its own heads.
+"""
 import typing
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.config import MLAConfig, ModelConfig
+from jaxlm.parallel import mesh
 from pallas_kernels import platforms
+from pallas_kernels.windowed_attention import cached_attention
 
 
 class LayerCache(typing.NamedTuple):
@@ -18,9 +23,8 @@ class LayerCache(typing.NamedTuple):
   v_BSI: jax.Array
   positions_BS: jax.Array
 
-  @property
-  def slot_axes(self):
-    return 1, 1, 1
+  slot_axes = 1, 1, 1
+  logical_axes = (*2 * (("batch", None, "kv_heads"),), ("batch", None))
 
   def keys_and_values(self, num_kv_heads: int):
     """Both as [B, S, K, H]."""
@@ -35,9 +39,8 @@ class CPULayerCache(typing.NamedTuple):
   v_BKSH: jax.Array
   positions_BS: jax.Array
 
-  @property
-  def slot_axes(self):
-    return 3, 2, 1
+  slot_axes = 3, 2, 1
+  logical_axes = (*2 * (("batch", "kv_heads", None, None),), ("batch", None))
 
   def keys_and_values(self, num_kv_heads: int):
     del num_kv_heads
@@ -50,9 +53,8 @@ class LatentCache(typing.NamedTuple):
   key_BSR: jax.Array
   positions_BS: jax.Array
 
-  @property
-  def slot_axes(self):
-    return 1, 1
+  slot_axes = 1, 1
+  logical_axes = ("batch", None, None), ("batch", None)
 
 
 Cache = list[LayerCache | CPULayerCache | LatentCache]
@@ -67,8 +69,14 @@ def cache_slots(config: ModelConfig, kind: str, max_length: int) -> int:
 def empty_cache(config: ModelConfig, batch: int, max_length: int,
                 dtype=jnp.float32) -> Cache:
   """One cache a layer for sequences of up to `max_length` tokens, as they best
-  lie on the platform that is compiled for."""
+  lie on the platform that is compiled for.
+
+  Raises:
+    ValueError: under a mesh that the batch or the heads do not divide over,
+      or that splits sequences.
+  """
   a, caches = config.attention, []
+  _check_mesh(batch, 0 if isinstance(a, MLAConfig) else a.num_kv_heads)
   on_cpu = platforms.platform() == "cpu"
   for layer in config.layers:
     slots = cache_slots(config, layer.attention, max_length)
@@ -79,10 +87,43 @@ def empty_cache(config: ModelConfig, batch: int, max_length: int,
                                      (a.num_kv_heads, slots, a.head_dim)]
     else:
       kind, shapes = LayerCache, 2 * [(slots, a.num_kv_heads * a.head_dim)]
-    caches.append(kind(*(jnp.zeros((batch, *shape), dtype)
-                         for shape in shapes),
-                       jnp.full((batch, slots), -1, jnp.int32)))
+    leaves = [*(jnp.zeros((batch, *shape), dtype) for shape in shapes),
+              jnp.full((batch, slots), -1, jnp.int32)]
+    caches.append(kind(*(mesh.shard(x, *axes) for x, axes in
+                         zip(leaves, kind.logical_axes))))
   return caches
+
+
+def _check_mesh(batch: int, num_kv_heads: int = 0):
+  if mesh.current() is None:
+    return
+  mesh.check_divides("cache", (batch, num_kv_heads), ("batch", "kv_heads"),
+                     mesh.current())
+  if (size := mesh.axis_size("context")) > 1:
+    raise ValueError(f"a cache under a mesh of context={size}: sequences that "
+                     "grow are not split, give these devices to data, expert "
+                     "or tensor")
+
+
+def _specs(cache):
+  return type(cache)(*(mesh.spec(*axes) for axes in cache.logical_axes))
+
+
+def attention(q_BTNH, k_BTKH, v_BTKH, cache, positions_BT, sinks_N, *, dtype,
+              **options):
+  """`cached_attention` over what a cache holds, cast to `dtype`."""
+  def attend(q, k, v, cache, positions_BT, sinks_N):
+    cached = (x.astype(dtype) for x in cache.keys_and_values(k.shape[2]))
+    return cached_attention(q, k, v, *cached, positions_BT,
+                            cache.positions_BS, sinks_N=sinks_N, **options)
+
+  _check_mesh(len(q_BTNH))
+  heads, keys, rows = (mesh.spec("batch", None, "heads"),
+                       mesh.spec("batch", None, "kv_heads"),
+                       mesh.spec("batch"))
+  return mesh.of_each(
+      attend, (heads, keys, keys, _specs(cache), rows, mesh.spec("heads")),
+      heads)(q_BTNH, k_BTKH, v_BTKH, cache, positions_BT, sinks_N)
 
 
 def write(cache, *new):
@@ -94,6 +135,15 @@ def write(cache, *new):
       are their positions. Those ascend along T, so that of more tokens than
       slots the last stay.
   """
+  _check_mesh(len(new[-1]))
+  specs = _specs(cache)
+  axes = {4: ("batch", None, "kv_heads")}
+  return mesh.of_each(
+      _write, (specs, *(mesh.spec(*axes.get(x.ndim, ("batch",)))
+                        for x in new)), specs)(cache, *new)
+
+
+def _write(cache, *new):
   slots = cache.positions_BS.shape[1]
   new = [x[:, -slots:] for x in new]
   positions = new[-1]
@@ -106,8 +156,12 @@ def write(cache, *new):
       x = x.reshape(*x.shape[:2], -1)
     if positions.size == 1:
       # In place, where a scatter has the whole cache copied, and twice.
-      return jax.lax.dynamic_update_slice_in_dim(
-          old, jnp.moveaxis(x, 1, axis), slot[0, 0], axis)
+      x = jnp.moveaxis(x, 1, axis)
+      if mesh.current() is not None:
+        # One of several sequences, which may be padding.
+        there = jax.lax.dynamic_slice_in_dim(old, slot[0, 0], 1, axis)
+        x = jnp.where(positions[0, 0] < 0, there, x)
+      return jax.lax.dynamic_update_slice_in_dim(old, x, slot[0, 0], axis)
     place = (row, *(slice(None),) * (axis - 1), slot)
     return old.at[place].set(x, mode="drop")
 

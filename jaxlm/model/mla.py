@@ -13,24 +13,38 @@ from jaxlm.config import MLAConfig, NormConfig
 from jaxlm.model import cache as cache_lib
 from jaxlm.model.layers import Norm, fan_in, weight
 from jaxlm.model.rope import rotate
-from pallas_kernels.windowed_attention import (cached_attention,
-                                               windowed_attention)
+from jaxlm.parallel import context as sequences, linear, mesh
+from pallas_kernels.windowed_attention import cached_attention
+
+
+def expand(latents, projections):
+  """Keys [B, S, N, H] and values of all heads, of what they have in common.
+
+  Args:
+    latents: latent_BSR and rope_key_BSH.
+    projections: k_proj_RNH and v_proj_RNH.
+  """
+  latent_BSR, rope_key_BSH = latents
+  k_nope_BSNH, v_BSNH = (jnp.einsum("BSR,RNH->BSNH", latent_BSR, w_RNH)
+                         for w_RNH in projections)
+  k_rope_BSNH = jnp.broadcast_to(
+      rope_key_BSH[:, :, None], (*k_nope_BSNH.shape[:3],
+                                 rope_key_BSH.shape[-1]))
+  return jnp.concatenate([k_nope_BSNH, k_rope_BSNH], -1), v_BSNH
 
 
 def expanded_attention(q_nope_BTNH, q_rope_BTNH, latent_BSR, rope_key_BSH,
                        k_proj_RNH, v_proj_RNH, *, scale, segment_ids_BS=None,
                        implementation="auto"):
   """Causal attention of a sequence; [B, T, N, v_head_dim]."""
-  k_nope_BSNH = jnp.einsum("BSR,RNH->BSNH", latent_BSR, k_proj_RNH)
-  v_BSNH = jnp.einsum("BSR,RNH->BSNH", latent_BSR, v_proj_RNH)
-  k_rope_BSNH = jnp.broadcast_to(
-      rope_key_BSH[:, :, None], (*k_nope_BSNH.shape[:3],
-                                 rope_key_BSH.shape[-1]))
-  return windowed_attention(
+  return sequences.attention(
       jnp.concatenate([q_nope_BTNH, q_rope_BTNH], -1),
-      jnp.concatenate([k_nope_BSNH, k_rope_BSNH], -1), v_BSNH, window=None,
-      scale=scale, segment_ids=segment_ids_BS,
-      implementation=implementation)
+      (latent_BSR, rope_key_BSH), (k_proj_RNH, v_proj_RNH), None,
+      segment_ids_BS,
+      sequences.Options(None, scale, implementation=implementation,
+                        expand=expand),
+      keys_axes=2 * (("batch", "length", "latent"),),
+      weights_axes=2 * (("latent", "heads", "head_dim"),))
 
 
 def absorbed_attention(q_nope_BTNH, q_rope_BTNH, key_BTR, key_BSR, k_proj_RNH,
@@ -39,19 +53,28 @@ def absorbed_attention(q_nope_BTNH, q_rope_BTNH, key_BTR, key_BSR, k_proj_RNH,
   """The same of a few queries over their own keys and a cache's: [latent,
   rotary key] for all heads, and the values are the latents.
   """
-  q_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, k_proj_RNH)
-  o_BTNR = cached_attention(
-      jnp.concatenate([q_BTNR, q_rope_BTNH], -1), key_BTR[:, :, None], None,
-      key_BSR[:, :, None], None, q_positions_BT, k_positions_BS, window=None,
-      scale=scale, v_head_dim=k_proj_RNH.shape[0],
-      implementation=implementation)
-  return jnp.einsum("BTNR,RNH->BTNH", o_BTNR, v_proj_RNH)
+  def attend(q_nope_BTNH, q_rope_BTNH, key_BTR, key_BSR, k_proj_RNH,
+             v_proj_RNH, q_positions_BT, k_positions_BS):
+    q_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, k_proj_RNH)
+    o_BTNR = cached_attention(
+        jnp.concatenate([q_BTNR, q_rope_BTNH], -1), key_BTR[:, :, None], None,
+        key_BSR[:, :, None], None, q_positions_BT, k_positions_BS, window=None,
+        scale=scale, v_head_dim=k_proj_RNH.shape[0],
+        implementation=implementation)
+    return jnp.einsum("BTNR,RNH->BTNH", o_BTNR, v_proj_RNH)
+
+  q, rows, w = (mesh.spec("batch", None, "heads", None), mesh.spec("batch"),
+                mesh.spec(None, "heads", None))
+  return mesh.of_each(attend, (q, q, rows, rows, w, w, rows, rows), q)(
+      q_nope_BTNH, q_rope_BTNH, key_BTR, key_BSR, k_proj_RNH, v_proj_RNH,
+      q_positions_BT, k_positions_BS)
 
 
 class MLA(nn.Module):
   config: MLAConfig
   residual_scale: float
   implementation: str
+  fsdp: bool = True
 
   @nn.compact
   def __call__(self, x_BTD, context, cache=None):
@@ -93,38 +116,33 @@ class MLA(nn.Module):
   def _queries(self, x_BTD):
     config, d_model = self.config, x_BTD.shape[-1]
     heads = (config.num_heads, config.head_dim)
-    axes = ("heads", "head_dim")
     if config.q_rank is None:
-      w_RNH = weight(self, "q_proj", (d_model, *heads), ("embed", *axes),
-                     fan_in(axis=-3))
-      q_BTR = x_BTD
+      q_BTR, name, axes = x_BTD, "q_proj", ("embed", "heads", "head_dim")
     else:
-      w_DR = weight(self, "q_a_proj", (d_model, config.q_rank),
-                    ("embed", "latent"), fan_in())
-      q_BTR = self._norm("q_a_norm")(x_BTD @ w_DR.astype(x_BTD.dtype))
-      w_RNH = weight(self, "q_b_proj", (config.q_rank, *heads),
-                     ("latent", *axes), fan_in(axis=-3))
-    return jnp.einsum("BTR,RNH->BTNH", q_BTR, w_RNH.astype(x_BTD.dtype))
+      axes = "embed", "latent"
+      w_DR = weight(self, "q_a_proj", (d_model, config.q_rank), axes, fan_in())
+      q_BTR, = linear.columns(x_BTD, [(w_DR, axes)], self.fsdp)
+      q_BTR = self._norm("q_a_norm")(q_BTR)
+      name, axes = "q_b_proj", ("latent", "heads", "head_dim")
+    w_RNH = weight(self, name, (q_BTR.shape[-1], *heads), axes,
+                   fan_in(axis=-3))
+    return linear.columns(q_BTR, [(w_RNH, axes)], self.fsdp)[0]
 
   def _latents(self, x_BTD, table):
     """The latent, normalised, and the heads' common rotary key."""
-    config = self.config
+    config, axes = self.config, ("embed", "latent")
     w_DR = weight(self, "kv_a_proj", (x_BTD.shape[-1],
                                       config.kv_rank + config.rope_head_dim),
-                  ("embed", "latent"), fan_in())
-    latent_BTR, rope_key_BTH = jnp.split(x_BTD @ w_DR.astype(x_BTD.dtype),
-                                         [config.kv_rank], -1)
+                  axes, fan_in())
+    key_BTR, = linear.columns(x_BTD, [(w_DR, axes)], self.fsdp)
+    latent_BTR, rope_key_BTH = jnp.split(key_BTR, [config.kv_rank], -1)
     rope_key_BTH = rotate(rope_key_BTH[:, :, None], table,
                           config.rope.interleaved)[:, :, 0]
     return self._norm("kv_a_norm")(latent_BTR), rope_key_BTH
 
   def _project_out(self, o_BTNH, d_model):
-    w_NHD = weight(
-        self, "o_proj", (self.config.num_heads, self.config.v_head_dim,
-                         d_model),
-        ("heads", "head_dim", "embed"),
-        fan_in(self.residual_scale, axis=(-3, -2)))
-    # Of two contracted axes XLA may change the order, and to that end copies
-    # the whole weight at every step of decoding; of one it cannot.
-    w_ID = w_NHD.astype(o_BTNH.dtype).reshape(-1, d_model)
-    return o_BTNH.reshape(*o_BTNH.shape[:2], -1) @ w_ID
+    axes = "heads", "head_dim", "embed"
+    w_NHD = weight(self, "o_proj",
+                   (self.config.num_heads, self.config.v_head_dim, d_model),
+                   axes, fan_in(self.residual_scale, axis=(-3, -2)))
+    return linear.rows(o_BTNH, w_NHD, axes, self.fsdp)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import MLPConfig
 from jaxlm.model.layers import fan_in, weight
+from jaxlm.parallel import linear, mesh
 from pallas_kernels.expert_matmul.reference import (clamped_swiglu,
                                                      deinterleave)
 
@@ -24,6 +25,10 @@ def activate(h, config: MLPConfig):
     gate, up = deinterleave(h)
   else:
     gate, up = jnp.split(h, 2, -1)
+  return _gated(gate, up, config)
+
+
+def _gated(gate, up, config: MLPConfig):
   if config.activation == "clamped_swiglu":
     return clamped_swiglu(gate, up, config.swiglu_limit)
   return ACTIVATIONS[config.activation](gate) * up
@@ -59,14 +64,25 @@ def mlp_weights(module: nn.Module, config: MLPConfig, d_model: int,
 class MLP(nn.Module):
   config: MLPConfig
   residual_scale: float
+  fsdp: bool = True
 
   @nn.compact
   def __call__(self, x_BTD):
-    dtype = x_BTD.dtype
+    config, dtype = self.config, x_BTD.dtype
     first, first_bias, down, down_bias = mlp_weights(
-        self, self.config, x_BTD.shape[-1], self.residual_scale)
-    h = x_BTD @ first.astype(dtype)
+        self, config, x_BTD.shape[-1], self.residual_scale)
+    axes = "embed", "mlp"
+    halves = (config.gated and not config.interleaved
+              and mesh.axis_size("tensor") > 1)
+    if halves:  # of either of which each device wants its part
+      axes = "embed", None, "mlp"
+      first, first_bias = (None if x is None else
+                           x.reshape(*x.shape[:-1], 2, config.d_ff)
+                           for x in (first, first_bias))
+    h, = linear.columns(x_BTD, [(first, axes)], self.fsdp)
     if first_bias is not None:
       h += first_bias.astype(dtype)
-    y_BTD = activate(h, self.config) @ down.astype(dtype)
+    h = (_gated(h[..., 0, :], h[..., 1, :], config) if halves
+         else activate(h, config))
+    y_BTD = linear.rows(h, down, ("mlp", "embed"), self.fsdp)
     return y_BTD if down_bias is None else y_BTD + down_bias.astype(dtype)

@@ -38,10 +38,11 @@ class MoE(nn.Module):
     else:
       y_BTD, output = expert.layer(
           config, x_BTD, router, weights, noise_key,
-          implementation=self.implementation, scheme=self.dispatch, capacity_factor=self.capacity_factor,
-          fsdp=self.fsdp)
+          implementation=self.implementation, scheme=self.dispatch,
+          capacity_factor=self.capacity_factor, fsdp=self.fsdp)
     if config.shared is not None:
-      y_BTD += MLP(config.shared, self.residual_scale, name="shared")(x_BTD)
+      y_BTD += MLP(config.shared, self.residual_scale, self.fsdp,
+                   name="shared")(x_BTD)
     return y_BTD, output
 
   def _router_weights(self, d_model: int) -> dict:

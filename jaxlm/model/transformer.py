@@ -132,16 +132,17 @@ class Layer(nn.Module):
                       execution.dispatch, execution.capacity_factor,
                       execution.fsdp, name="moe")(y, keys[2])
     else:
-      y = MLP(config.mlp, residual_scale, name="mlp")(y)
+      y = MLP(config.mlp, residual_scale, execution.fsdp, name="mlp")(y)
     return add(x_BTD, y, "mlp_post_norm", keys[1]), router, cache
 
   def _attention(self, residual_scale):
-    config, implementation = self.config, self.execution.attention
+    config, execution = self.config, self.execution
     if isinstance(config.attention, MLAConfig):
-      return MLA(config.attention, residual_scale, implementation,
-                 name="attention")
+      return MLA(config.attention, residual_scale, execution.attention,
+                 execution.fsdp, name="attention")
     return Attention(config.attention, self.kind.attention, config.norm,
-                     residual_scale, implementation, name="attention")
+                     residual_scale, execution.attention, execution.fsdp,
+                     name="attention")
 
 
 class Period(nn.Module):

@@ -34,24 +34,24 @@ def columns(x_BTD, weights, fsdp: bool):
       [mesh.spec(*TOKENS, *a[1:]) for a in axes])(x_BTD, *arrays)
 
 
-def rows(o_BTNH, w_NHD, fsdp: bool):
-  """Heads [B, T, N, H] to [B, T, D], by a weight [N, H, D]."""
-  w_NHD = w_NHD.astype(o_BTNH.dtype)
+def rows(y, weight, axes, fsdp: bool):
+  """What is split over `tensor`, [B, T, ...], by a weight [..., D] of logical
+  axes `axes`: [B, T, D]."""
+  weight = weight.astype(y.dtype)
   if mesh.current() is None:
-    return _flat_matmul(o_BTNH, w_NHD)
+    return _flat_matmul(y, weight)
 
-  def local(o_BTNH, w_NHD):
-    w_NHD = mesh.gather(w_NHD, 2, "embed", fsdp)
-    return lax.psum(_flat_matmul(o_BTNH, w_NHD), mesh.RULES["heads"])
+  def local(y, weight):
+    weight = mesh.gather(weight, weight.ndim - 1, axes[-1], fsdp)
+    return lax.psum(_flat_matmul(y, weight), mesh.RULES[axes[0]])
 
   return mesh.manual(
-      local, (mesh.spec(*TOKENS, "heads", None),
-              mesh.spec("heads", None, "embed", fsdp=fsdp)),
-      mesh.spec(*TOKENS, None))(o_BTNH, w_NHD)
+      local, (mesh.spec(*TOKENS, *axes[:-1]), mesh.spec(*axes, fsdp=fsdp)),
+      mesh.spec(*TOKENS, None))(y, weight)
 
 
-def _flat_matmul(o_BTNH, w_NHD):
+def _flat_matmul(y, weight):
   # Of two contracted axes XLA may change the order, and to that end copies
   # the whole weight at every step of decoding; of one it cannot.
-  return (o_BTNH.reshape(*o_BTNH.shape[:2], -1)
-          @ w_NHD.reshape(-1, w_NHD.shape[-1]))
+  return (y.reshape(*y.shape[:2], -1)
+          @ weight.reshape(-1, weight.shape[-1]))

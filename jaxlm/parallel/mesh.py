@@ -210,6 +210,12 @@ def manual(function, in_specs, out_specs):
                        axis_names=free)
 
 
+def of_each(function, in_specs, out_specs):
+  """`manual` under a mesh, `function` itself without."""
+  return function if current() is None else manual(function, in_specs,
+                                                   out_specs)
+
+
 def vary(x, axes: Iterable[str] | None = None):
   """Tells shard_map that x, a tree, may differ along `axes` (all by default)
   from here on: its gradient is summed over them here, and nowhere else."""

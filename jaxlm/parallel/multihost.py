@@ -18,7 +18,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
   """Joins the processes of this program, before jax computes anything.
 
   Under Slurm, on TPU slices, on GKE and under Open MPI no argument is needed;
-  without them, on a machine that is none of these, there is one process.
+  without them, on a machine that is none of these, there is one process, and
+  so there is where jax has computed before.
 
   Args:
     coordinator: "HOST:PORT" of process 0.
@@ -37,16 +38,17 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
   try:
     jax.distributed.initialize(*given,
                                heartbeat_timeout_seconds=heartbeat_seconds)
-  except ValueError as error:
-    # What jax says where it finds no cluster.
-    if coordinator is not None or "coordinator_address" not in str(error):
+  except (ValueError, RuntimeError) as error:
+    # What jax says where it finds no cluster, and where it has computed.
+    if coordinator is not None or not any(
+        said in str(error) for said in ("coordinator_address", "before any")):
       raise
     return
   # CPUs, unlike others, run two programs at once where neither needs the
   # other; exchanges of both may then meet in another order elsewhere, and wait
   # for each other forever.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
-  if jax.process_count() > 1:
+  if is_several():
     _leave_last_words()
 
 
@@ -71,6 +73,10 @@ def _who() -> str:
   return f"process {jax.process_index()} of {jax.process_count()}"
 
 
+def is_several() -> bool:
+  return jax.process_count() > 1
+
+
 def is_main() -> bool:
   """Whether this process is the one that writes what all have to say."""
   return jax.process_index() == 0
@@ -81,7 +87,7 @@ def everyone(value) -> list:
 
   All have to call it, and none returns before all did.
   """
-  if jax.process_count() == 1:
+  if not is_several():
     return [value]
   content = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32(content.size))
@@ -94,14 +100,14 @@ def everyone(value) -> list:
 
 def lost(error: Exception) -> str:
   """What to say when a computation of all processes failed in this one."""
-  return (f"{_who()}: {str(error).strip().splitlines()[0][:300]}. Another "
+  return (f"{_who()}: {str(error).strip().splitlines()[0][:400]}. Another "
           f"process may have ended: see what it said. {_REMEDY}")
 
 
 def leave(status: int) -> int:
   """Ends this process at once if others take part, who may be waiting for it:
   jax would wait for them in turn. Else returns the status."""
-  if jax.distributed.is_initialized() and jax.process_count() > 1:
+  if jax.distributed.is_initialized() and is_several():
     _say_goodbye()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -15,6 +15,7 @@ from jaxlm.data import build_dataset
 from jaxlm.model.transformer import REMAT_POLICIES, Execution
 from jaxlm.parallel import multihost
 from jaxlm.parallel.mesh import parse_mesh
+from jaxlm.train.checkpoint import CheckpointError
 from jaxlm.train.loop import Diverged, train
 from jaxlm.train.memory import keep_freed_memory
 from jaxlm.train.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
@@ -46,6 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     multihost.initialize(args.coordinator, args.num_processes, args.process_id,
                          args.heartbeat_seconds)
     _train(args)
+  except (CheckpointError, jax.errors.JaxRuntimeError) as error:
+    # Either may come of the end of another process, which may be hard to tell.
+    several = multihost.is_several()
+    if not several and not isinstance(error, CheckpointError):
+      raise
+    print(f"error: {multihost.lost(error) if several else error}",
+          file=sys.stderr)
+    return multihost.leave(1)
   except (ValueError, OSError, NotImplementedError, Diverged) as error:
     print(f"error: {error}", file=sys.stderr)
     return multihost.leave(1)
@@ -54,11 +63,6 @@ def main(argv: list[str] | None = None) -> int:
       print(f"{error or 'stopped'}. The same command continues:\n"
             f"  python -m jaxlm.train {command}", file=sys.stderr)
     return getattr(error, "exit_status", 130)
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    print(f"error: {multihost.lost(error)}", file=sys.stderr)
-    return multihost.leave(1)
   return 0
 
 

@@ -64,7 +64,7 @@ def test_two_processes_have_the_losses_of_one(killed, alone):
   same(losses, alone.losses()[:len(losses)])
 
 
-@pytest.mark.parametrize("count, mesh", [(2, "data=2,expert=4"),
+@pytest.mark.parametrize("count, mesh", [(2, "data=8"),
                                          (1, "data=4")])
 def test_the_run_goes_on_with_other_processes_and_another_mesh(
     killed, alone, program_cache, count, mesh):
