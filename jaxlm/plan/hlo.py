@@ -214,14 +214,6 @@ class _Reader:
     return len(_pairs(instruction)) / math.prod(self.mesh_shape.values())
 
   def _group(self, instruction) -> tuple[int, tuple[str, ...]]:
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}",
-                      instruction.text)
-    if named:
-      sizes = {name: int(n) for name, n in
-               re.findall(r"'([^']+)'=(\d+)", named[1])}
-      axes = tuple(name for name in re.findall(r"'([^']+)'", named[2])
-                   if sizes[name] > 1)
-      return math.prod(sizes[name] for name in axes), axes
     if pairs := _pairs(instruction):
       return 2, self._axes(pairs)
     groups = _groups(instruction, math.prod(self.mesh_shape.values()))
@@ -245,6 +237,15 @@ def _pairs(instruction) -> list[list[int]]:
 
 def _groups(instruction, num_devices: int) -> list[list[int]]:
   text = instruction.text
+  if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    # Axes of a mesh of its own, first to last; groups are along some of them.
+    sizes = {name: int(n) for name, n in
+             re.findall(r"'([^']+)'=(\d+)", match[1])}
+    along = re.findall(r"'([^']+)'", match[2])
+    order = [name for name in sizes if name not in along] + along
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    ids = ids.transpose([list(sizes).index(name) for name in order])
+    return ids.reshape(-1, math.prod(sizes[name] for name in along)).tolist()
   if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\]"
                         r"(?:T\(([\d,]+)\))?", text):
     shape, dims = (list(map(int, match[i].split(","))) for i in (1, 2))
