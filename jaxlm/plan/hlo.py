@@ -198,11 +198,28 @@ class _Reader:
     if last.startswith(("reduce_scatter", "psum_scatter")):
       return "reduce-scatter"
     # All of the sum is made, and each device takes its part.
-    users = [x for x in self.computations[computation] if re.search(
-        rf"%{re.escape(instruction.name)}\b", x.text)]
-    cut = lambda x: (("dynamic-slice" in x.opcode or "dynamic-slice" in x.name)
-                     and sum(array_bytes(x.shape)) <= 1.1 * whole / size)
-    return "reduce-scatter" if users and all(map(cut, users)) else None
+    users = list(self._users(computation, instruction))
+    part = 1.1 * whole / size
+    return "reduce-scatter" if users and all(
+        sum(array_bytes(x.shape)) <= part and self._slices(x)
+        for x in users) else None
+
+  def _users(self, computation, instruction):
+    """Who uses a value, past those that only pass it on."""
+    name = re.compile(rf"%{re.escape(instruction.name)}[,)]")
+    for x in self.computations[computation]:
+      if not name.search(x.text):
+        continue
+      if x.opcode in ("get-tuple-element", "bitcast", "copy", "copy-start",
+                      "copy-done"):
+        yield from self._users(computation, x)
+      else:
+        yield x
+
+  def _slices(self, instruction) -> bool:
+    return instruction.opcode == "dynamic-slice" or any(
+        x.opcode == "dynamic-slice" for name in self._called(instruction)
+        for x in self.computations[name])
 
   def _operand_shapes(self, computation, instruction) -> str:
     names = re.findall(r"%([\w.\-]+)", instruction.text.partition(")")[0])
