@@ -14,7 +14,7 @@ import typing
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import MLPConfig, MoEConfig
 from jaxlm.model import experts, routing
@@ -71,7 +71,7 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
       run = dispatch.run
     # From here on all differs from device to device, so that gradients are
     # summed here, where they are smallest. Stages have other layers' tokens.
-    axes = split | manual.varying(weights) - {"stage"} | {AXIS, "tensor"}
+    axes = (split | manual.varying(weights) | {AXIS, "tensor"}) - {"stage"}
     x_TD, choice, weights = mesh.vary((x_TD, choice, weights), axes)
     y_TD = run(x_TD, *choice, laid_out.used(weights), plan)
     y_TD, noisy = jax.tree.map(

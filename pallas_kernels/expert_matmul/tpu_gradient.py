@@ -9,7 +9,6 @@ rows fetched and 4 MB written: 5.5, 1.2 and 0.9 us of matrix unit on v5e, v6e
 and 7x, 7.7, 3.8 and 1.7 us of memory. So it is memory that bounds it, and
 tiles need only be large enough that the rows are a small part of that.
 """
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl

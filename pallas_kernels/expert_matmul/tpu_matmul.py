@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import typing
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
