@@ -28,7 +28,7 @@ def test_layouts_are_ranked_and_the_best_is_shown(capsys):
                          "v5p:4x4x4", "--estimate")
   assert status == 0
   for part in ("layouts, the best first", "parameters", "optimizer", "fits",
-               "useful/executed", "over data", "a step if all overlaps",
+               "useful/executed", "receiving over", "a step if all overlaps",
                "MFU"):
     assert part in shown
 

@@ -25,21 +25,28 @@ class Bounds:
 
 def bounds(slice_: Slice, mesh_shape: dict[str, int], useful: float,
            executed: float, traffic: float,
-           wire: dict[str, float]) -> Bounds:
+           wire: dict[tuple[str, str], float]) -> Bounds:
   """Args:
     useful, executed: FLOPs of one device. traffic: bytes that it reads and
-    writes in HBM at least. wire: bytes it receives, by axes "data+expert".
+    writes in HBM at least. wire: bytes it receives, by axes ("data+expert")
+    and kind.
   """
   device, rates = slice_.device, axis_bandwidths(slice_, mesh_shape)
+  sides = torus_dimensions(slice_, mesh_shape) if device.torus else None
   compute, memory = executed / device.flops, traffic / device.bandwidth
   seconds, busy = {}, {}
-  for axes, nbytes in wire.items():
+  for (axes, kind), nbytes in wire.items():
     names = axes.split("+")
     # On a torus all axes' links carry a part of what goes along several.
     rate = (sum if device.torus else min)(rates[name] for name in names)
-    seconds[axes] = nbytes / rate
+    if sides and "all-to-all" in kind:
+      # What goes to every device passes s / 4 of a ring's s links, of a line's
+      # twice as many.
+      side = max(side for name in names for side in sides[name])
+      rate = min(rate, 4 * slice_.dimension_bandwidth(side) / side)
+    seconds[axes] = seconds.get(axes, 0.0) + nbytes / rate
     for name in names:
-      busy[name] = busy.get(name, 0.0) + seconds[axes]
+      busy[name] = busy.get(name, 0.0) + nbytes / rate
   own = max(compute, memory)
   overlapped = max(own, *busy.values(), 0.0)
   alone = own + sum(seconds.values())

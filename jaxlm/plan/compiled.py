@@ -56,9 +56,11 @@ def compile_job(job: Job, lowered, arguments: int, fast: bool = False,
     with contextlib.suppress(ValueError, TypeError):
       return Compiled(**json.loads(path.read_text()), cached=True)
   start = time.perf_counter()
-  with _optimizing(not fast):
+  with tempfile.TemporaryDirectory() as directory, _optimizing(not fast):
     try:
-      program = lowered.compile()
+      # libtpu writes the program down: what it hands over jaxlib cannot always
+      # read ("async-update instruction should have 1 operands").
+      program = lowered.compile(compiler_options={"xla_dump_to": directory})
     except jax.errors.JaxRuntimeError as error:
       needed = exhausted(str(error))
       if needed is None:
@@ -66,7 +68,9 @@ def compile_job(job: Job, lowered, arguments: int, fast: bool = False,
       found = Compiled(arguments, 0, max(0, needed - arguments), needed, False,
                        [], [], time.perf_counter() - start)
     else:
-      found = _read(program, job, time.perf_counter() - start)
+      seconds = time.perf_counter() - start
+      [path_of_text] = pathlib.Path(directory).glob("*.after_optimizations.txt")
+      found = _read(program, path_of_text.read_text(), job, seconds)
   values = dataclasses.asdict(found)
   del values["cached"]
   _write(path, json.dumps(values))
@@ -79,13 +83,13 @@ def exhausted(message: str) -> int | None:
   return match and int(float(match[1]) * _UNITS[match[2]])
 
 
-def _read(program, job, seconds) -> Compiled:
+def _read(program, text: str, job, seconds) -> Compiled:
   memory = program.memory_analysis()
   temporaries = (memory.temp_size_in_bytes
                  + memory.generated_code_size_in_bytes)
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   wire, degraded = {}, {}
-  for one in hlo.collectives(program.as_text(), job.mesh_shape):
+  for one in hlo.collectives(text, job.mesh_shape):
     axes = "+".join(one.axes)
     total = wire.setdefault((axes, one.kind), [0, 0.0])
     total[0] += one.times

@@ -15,6 +15,7 @@ from jaxlm.model.cache import cache_slots
 from jaxlm.model.costs import Flops, flops_per_token
 from jaxlm.parallel.mesh import RULES
 from jaxlm.parallel.params import logical_axes
+from jaxlm.parallel.schemes import choose_scheme
 from jaxlm.model.transformer import abstract_params
 from jaxlm.plan import programs
 from jaxlm.plan.job import Job
@@ -197,15 +198,28 @@ class Shapes:
       add(axes, "all-gather", (2 * layers + once) * share)
       add(axes, "reduce-scatter", (layers + once) * share)
 
+  def _scheme(self) -> str:
+    device = self.job.slice.device
+    return choose_scheme(
+        self.tokens, self.config.moe.experts_per_token, self.mesh["expert"],
+        platform="tpu" if device.torus else "gpu",
+        generation="7x" if device.name == "v7x" else device.name)
+
   def _activations_wire(self, add):
     mesh, x = self.mesh, self.tokens * self.row
     train = self.job.task == "train"
     expert, tensor = mesh["expert"], mesh["tensor"]
     if self.config.moe and expert > 1:
-      add(("expert",), "all-gather",
-          self.num_moe * (3 if train else 1) * x * (expert - 1))
-      add(("expert",), "reduce-scatter",
-          self.num_moe * (2 if train else 1) * x * (expert - 1))
+      per_token = self.config.moe.experts_per_token
+      gathered = self._scheme() == "gather"
+      if gathered:
+        add(("expert",), "all-gather",
+            self.num_moe * (3 if train else 1) * x * (expert - 1))
+        add(("expert",), "reduce-scatter",
+            self.num_moe * (2 if train else 1) * x * (expert - 1))
+      else:
+        add(("expert",), "ragged-all-to-all", self.num_moe * (
+            5 if train else 2) * x * per_token * (expert - 1) / expert)
     add(("tensor",), "all-reduce", self.config.num_layers
         * (5 if train else 2) * 2 * x * (tensor - 1) / tensor)
     a = self.config.attention

@@ -198,11 +198,28 @@ class _Reader:
     if last.startswith(("reduce_scatter", "psum_scatter")):
       return "reduce-scatter"
     # All of the sum is made, and each device takes its part.
-    users = [x for x in self.computations[computation] if re.search(
-        rf"%{re.escape(instruction.name)}\b", x.text)]
-    cut = lambda x: (("dynamic-slice" in x.opcode or "dynamic-slice" in x.name)
-                     and sum(array_bytes(x.shape)) <= 1.1 * whole / size)
-    return "reduce-scatter" if users and all(map(cut, users)) else None
+    users = list(self._users(computation, instruction))
+    part = 1.1 * whole / size
+    return "reduce-scatter" if users and all(
+        sum(array_bytes(x.shape)) <= part and self._slices(x)
+        for x in users) else None
+
+  def _users(self, computation, instruction):
+    """Who uses a value, past those that only pass it on."""
+    name = re.compile(rf"%{re.escape(instruction.name)}[,)]")
+    for x in self.computations[computation]:
+      if not name.search(x.text):
+        continue
+      if x.opcode in ("get-tuple-element", "bitcast", "copy", "copy-start",
+                      "copy-done"):
+        yield from self._users(computation, x)
+      else:
+        yield x
+
+  def _slices(self, instruction) -> bool:
+    return instruction.opcode == "dynamic-slice" or any(
+        x.opcode == "dynamic-slice" for name in self._called(instruction)
+        for x in self.computations[name])
 
   def _operand_shapes(self, computation, instruction) -> str:
     names = re.findall(r"%([\w.\-]+)", instruction.text.partition(")")[0])
@@ -214,14 +231,6 @@ class _Reader:
     return len(_pairs(instruction)) / math.prod(self.mesh_shape.values())
 
   def _group(self, instruction) -> tuple[int, tuple[str, ...]]:
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}",
-                      instruction.text)
-    if named:
-      sizes = {name: int(n) for name, n in
-               re.findall(r"'([^']+)'=(\d+)", named[1])}
-      axes = tuple(name for name in re.findall(r"'([^']+)'", named[2])
-                   if sizes[name] > 1)
-      return math.prod(sizes[name] for name in axes), axes
     if pairs := _pairs(instruction):
       return 2, self._axes(pairs)
     groups = _groups(instruction, math.prod(self.mesh_shape.values()))
@@ -245,6 +254,15 @@ def _pairs(instruction) -> list[list[int]]:
 
 def _groups(instruction, num_devices: int) -> list[list[int]]:
   text = instruction.text
+  if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    # Axes of a mesh of its own, first to last; groups are along some of them.
+    sizes = {name: int(n) for name, n in
+             re.findall(r"'([^']+)'=(\d+)", match[1])}
+    along = re.findall(r"'([^']+)'", match[2])
+    order = [name for name in sizes if name not in along] + along
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    ids = ids.transpose([list(sizes).index(name) for name in order])
+    return ids.reshape(-1, math.prod(sizes[name] for name in along)).tolist()
   if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\]"
                         r"(?:T\(([\d,]+)\))?", text):
     shape, dims = (list(map(int, match[i].split(","))) for i in (1, 2))

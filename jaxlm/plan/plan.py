@@ -14,6 +14,8 @@ from jaxlm.plan.job import Job
 
 # Of HBM, from which on XLA begins to compute again what does not fit.
 TIGHT = 0.97
+# Bytes from which on it matters how they are sent.
+DEGRADED = 2 ** 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +93,13 @@ def by_compiling(job: Job, fast: bool = False, use_cache: bool = True) -> Plan:
           for axes, kind, times, nbytes in found.wire]
   warnings = _layout_warnings(job)
   for axes, kind, nbytes in found.degraded:
+    if nbytes < DEGRADED:
+      continue
     warnings.append(
         f"{kind} over {axes} became an all-reduce, which sends twice the "
         f"bytes ({nbytes / GIB:.2f} GiB): try other sizes of these axes")
-  warnings += sorted(counted.unknown)
+  if job.task != "decode":  # which is a loop of unknown length, a token each
+    warnings += sorted(counted.unknown)
   if fast:
     warnings.append("--fast: collectives and the time they take are not those "
                     "of the real program")
@@ -118,13 +123,11 @@ def _plan(job, method, state, temporaries, other, fits, useful, executed,
   if fits and total > TIGHT * device.hbm:
     warnings.append(f"{total / device.hbm:.0%} of HBM: XLA computes things "
                     "again to fit, which the bounds do not see")
-  by_axes = {}
-  for row in wire:
-    by_axes[row["axes"]] = by_axes.get(row["axes"], 0.0) + row["bytes"]
+  received = {(row["axes"], row["kind"]): row["bytes"] for row in wire}
   # A training step reads and writes all of its state, others read theirs.
   traffic = resident * (2 if job.task == "train" else 1)
   found = bounds_lib.bounds(job.slice, job.mesh_shape, useful, executed,
-                            traffic, by_axes)
+                            traffic, received)
   return Plan(
       job.model, job.task, job.slice.name, job.slice.size, job.mesh_shape,
       job.batch, job.seq, job.tokens, job.weights, method, device.hbm,

@@ -369,6 +369,11 @@ def call(plan: _Plan, interpret, *operands):
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=VMEM_LIMIT),
+      cost_estimate=pl.CostEstimate(
+          flops=(2 * batch * rows * keys * plan.steps
+                 * (q_PHR.shape[1] + plan.v_head_dim)),
+          transcendentals=batch * rows * keys * plan.steps,
+          bytes_accessed=sum(x.nbytes for x in operands)),
       interpret=interpret, name="cached_attention")(*used, *operands)
 
 

@@ -43,6 +43,7 @@ from pallas_kernels.windowed_attention import tpu_blocks
 from pallas_kernels.windowed_attention.tpu_backward_scores import (
     LANES, UNSEEN, Item, Names, Plan, Step, kept, segments_down, turn, values,
     words)
+from pallas_kernels.windowed_attention.tpu_common import cost
 
 
 def oldest(plan: Plan) -> int:
@@ -320,4 +321,7 @@ def gradients(plan, q, k, v, do, lse, delta, segments, options):
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"),
           vmem_limit_bytes=tpu_blocks.vmem_limit(platforms.tpu_generation())),
+      cost_estimate=cost(
+          batch * num_kv_heads * group * length * (plan.sub - oldest(plan)), 5,
+          head_dim, *args[:6], q, k, v),
       name="windowed_attention_backward")(*args)

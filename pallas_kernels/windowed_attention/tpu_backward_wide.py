@@ -27,6 +27,7 @@ from pallas_kernels import platforms, vma
 from pallas_kernels.windowed_attention import tpu_blocks
 from pallas_kernels.windowed_attention.tpu_backward_scores import (
     LANES, Item, Names, Plan, Step, kept, segments_down, turn)
+from pallas_kernels.windowed_attention.tpu_common import cost
 
 
 def _items(plan: Plan, heads, first_key):
@@ -43,6 +44,13 @@ def _items(plan: Plan, heads, first_key):
                 or start < query + plan.column - plan.window)
       found.append(Item(column, 0, heads, start, end, masked))
   return found
+
+
+def _pairs(plan: Plan, count: int) -> int:
+  """Of queries and keys that are computed, for each of the query heads."""
+  return sum((count - j) * (item.stop - item.start) * plan.column
+             for j in range(min(count, plan.before + 1))
+             for item in _items(plan, 0, -j * plan.rows))
 
 
 def _kernel(*refs, plan, has_segments, want_q, want_k):
@@ -184,4 +192,7 @@ def gradients(plan, q, k, v, do, lse, delta, segments, options, want_q=True,
           dimension_semantics=("parallel", "parallel", "arbitrary",
                                "arbitrary"),
           vmem_limit_bytes=tpu_blocks.vmem_limit(platforms.tpu_generation())),
+      cost_estimate=cost(
+          batch * num_kv_heads * group * _pairs(plan, count),
+          2 + want_q + 2 * want_k, head_dim, *args, *out),
       interpret=options.interpret, name="windowed_attention_backward")(*args)

@@ -3,6 +3,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 LANES = 128
 LOG2_E = math.log2(math.e)
@@ -29,6 +30,13 @@ def by_head(sinks_N, num_kv_heads, group):
     return jnp.full((*shape, LANES), UNSEEN, jnp.float32)
   sinks_KG = sinks_N.astype(jnp.float32).reshape(shape) * LOG2_E
   return jnp.broadcast_to(sinks_KG[..., None], (*shape, LANES))
+
+
+def cost(pairs, matmuls, head_dim, *arrays):
+  """Of so many pairs of a query and a key, for the scheduler and planners."""
+  return pl.CostEstimate(flops=2 * pairs * matmuls * head_dim,
+                         transcendentals=pairs,
+                         bytes_accessed=sum(x.nbytes for x in arrays))
 
 
 def padded(x, length):

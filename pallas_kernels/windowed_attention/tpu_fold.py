@@ -35,7 +35,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import platforms, vma
 from pallas_kernels.windowed_attention import tpu_blocks
 from pallas_kernels.windowed_attention.tpu_common import (
-    LANES, LOG2_E, UNSEEN, by_head, multiply, padded, scaled_KH)
+    LANES, LOG2_E, UNSEEN, by_head, cost, multiply, padded, scaled_KH)
 
 
 def _pipeline(tiles, scores, softmax, output, lead, lag):
@@ -161,6 +161,9 @@ def forward(q_BNHT, k_BKHS, v_BKHS, sinks_N, options, blocks):
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel",) * 3,
           vmem_limit_bytes=tpu_blocks.vmem_limit(platforms.tpu_generation())),
+      cost_estimate=cost(
+          batch * num_heads * whole * (window + blocks.rows), 2, head_dim,
+          q_BKGHT, k_BKHS, v_BKHS, q_BKGHT),
       interpret=options.interpret, name="windowed_attention_fold",
   )(q_BKGHT, k_BKHS, v_BKHS, k_BKHS, v_BKHS,
     by_head(sinks_N, num_kv_heads, group))

@@ -27,7 +27,7 @@ import numpy as np
 from pallas_kernels import platforms, vma
 from pallas_kernels.windowed_attention import tpu_blocks
 from pallas_kernels.windowed_attention.tpu_common import (
-    LANES, LOG2_E, UNSEEN, by_head, multiply, padded, scaled_KH)
+    LANES, LOG2_E, UNSEEN, by_head, cost, multiply, padded, scaled_KH)
 
 
 def pairs(num_queries, queries, keys, options):
@@ -154,6 +154,8 @@ def _running(q_BKGHT, k_BKHS, v_BKHS, sinks_N, segment_ids, options,
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"),
           vmem_limit_bytes=tpu_blocks.vmem_limit(platforms.tpu_generation())),
+      cost_estimate=cost(batch * num_kv_heads * group * len(i) * queries * keys,
+                         2, head_dim, *args, q_BKGHT),
       interpret=options.interpret, name="windowed_attention_running",
   )(i, j, *args)
 

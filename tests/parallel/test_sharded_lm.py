@@ -12,6 +12,8 @@ from jaxlm.model.transformer import init_params
 from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels.quant import is_quantized
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 GPT_OSS = ModelConfig(
     vocab_size=48, d_model=64, num_layers=2,
     attention=AttentionConfig(8, 2, 6, RopeConfig(), RopeConfig(),
@@ -38,9 +40,8 @@ def checkpoints(tmp_path_factory):
     params = jax.tree.map(lambda x: 2 * x,
                           init_params(config, jax.random.key(3)))
     jaxlm.save(jaxlm.LM(config, params), folder / name)
-  packed = quantize_experts(formats.read(folder / "gpt-oss"), "mxfp4",
-                            lambda *_: None)
-  formats.write(packed, folder / "mxfp4", "native", lambda _: None)
+  formats.write(quantize_experts(formats.read(folder / "gpt-oss"), "mxfp4"),
+                folder / "mxfp4")
   return folder
 
 

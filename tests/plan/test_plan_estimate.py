@@ -94,12 +94,16 @@ def test_bounds_by_hand():
   slice_ = devices.parse_slice("v5p:4x4x4")
   mesh = {"stage": 1, "data": 4, "context": 1, "expert": 16, "tensor": 1}
   found = bounds.bounds(slice_, mesh, useful=459e12, executed=2 * 459e12,
-                        traffic=2765e9, wire={"data": 180e9, "expert": 720e9})
+                        traffic=2765e9, wire={("data", "all-gather"): 180e9,
+                                              ("expert", "all-gather"): 720e9})
   assert (found.compute, found.memory) == (2, 1)
   # A ring of 4 gives from both sides, one of 4x4 in both dimensions.
   assert found.wire == {"data": 1, "expert": 2}
   assert (found.overlapped, found.alone) == (2, 5)
   assert (found.mfu_overlapped, found.mfu_alone) == (0.5, 0.2)
+  found = bounds.bounds(slice_, mesh, 1, 1, 1, {
+      ("expert", "all-to-all"): 180e9})
+  assert found.alone == pytest.approx(1)  # each link of a ring's is passed
   assert bounds.aligned(slice_, mesh)
   assert not bounds.aligned(slice_, {**mesh, "data": 8, "expert": 8})
 

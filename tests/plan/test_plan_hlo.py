@@ -99,8 +99,10 @@ def read(groups, op="psum", program=PROGRAM):
     ("replica_groups=[8,2]<=[16]", ("tensor",)),
     ("replica_groups=[8,2]<=[2,8]T(1,0)", ("data",)),
     ("replica_groups=[2,8]<=[16]", ("expert", "tensor")),
-    ("replica_groups=mesh['stage'=1,'data'=2,'expert'=4,'tensor'=2] "
-     "{'data','expert'}", ("data", "expert")),
+    ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}",
+     ("data", "expert")),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}",
+     ("expert", "tensor")),
     ("replica_groups={}", ("data", "expert", "tensor"))])
 def test_groups_in_every_spelling(groups, axes):
   found = read(groups)
