@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data.pipeline import batches
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.train import Diverged, Interrupted, train
 from jaxlm.train.evaluation import Heldout
 from jaxlm.train.programs import Programs, SeedBatches
@@ -22,14 +23,14 @@ class Stop(Exception):
   pass
 
 
-def run(workdir, config=toy.TRAIN, stop_at=None, seeds=(7,)):
+def run(workdir, config=toy.TRAIN, stop_at=None, seeds=(7,), mesh=None):
   def on_step(step, metrics):
     shown.append((step, metrics))
     if step == stop_at:
       raise Stop
   shown = []
   results = train(toy.DENSE, config, toy.counting_data(), workdir, seeds=seeds,
-                  on_step=on_step)
+                  on_step=on_step, mesh=mesh)
   return results, shown
 
 
@@ -129,6 +130,29 @@ def test_a_stopped_run_ends_as_if_it_never_was(whole, tmp_path, stop_at):
   assert resumed.eval_loss == result.eval_loss
 
 
+def test_a_run_on_a_mesh_equals_that_of_one_device_and_goes_on_there(
+    whole, tmp_path):
+  workdir, result, _ = whole
+  mesh = make_mesh({"data": 2, "context": 1, "expert": 2}, jax.devices()[:4])
+  config = dataclasses.replace(toy.TRAIN, keep_best=1)
+  with pytest.raises(Stop):
+    run(tmp_path, config, stop_at=13, mesh=mesh)
+  [resumed], shown = run(tmp_path)
+  assert shown[0][0] == 11
+  told = [[entry["loss"] for entry in lines(where)]
+          for where in (tmp_path, workdir)]
+  np.testing.assert_allclose(*told, rtol=1e-4)
+  np.testing.assert_allclose(resumed.eval_loss, result.eval_loss, rtol=1e-4)
+
+
+def test_a_mesh_is_of_one_seed(tmp_path):
+  with pytest.raises(ValueError, match=r"seeds=\[3, 7\] with a mesh: seeds"):
+    run(tmp_path, seeds=(3, 7), mesh={"data": 8})
+  with pytest.raises(ValueError, match="a batch: batch=4 does not divide over "
+                                       "the mesh's data=3: use 1, 2 or 4"):
+    run(tmp_path, mesh=make_mesh({"data": 3}, jax.devices()[:3]))
+
+
 def test_a_finished_run_trains_no_more(whole):
   workdir, result, _ = whole
   before = lines(workdir)
@@ -193,6 +217,18 @@ def poison(monkeypatch, at_step, factor):
                                                  state.params))
     return step(self, state, batch)
   monkeypatch.setattr(Programs, "step", poisoned)
+
+
+def test_the_best_checkpoint_stays(monkeypatch, tmp_path):
+  """Evaluated at steps 8, 16, ... and worse again at the last, 40."""
+  poison(monkeypatch, 34, 5.0)
+  config = dataclasses.replace(toy.TRAIN, checkpoint_every=8, keep=1,
+                               keep_best=1, spike_factor=0)
+  run(tmp_path, config)
+  told = {entry["step"]: entry["eval_loss"] for entry in lines(tmp_path)
+          if "eval_loss" in entry}
+  assert min(told, key=told.get) == 32
+  assert checkpoints(tmp_path) == [32, 40]
 
 
 @pytest.mark.parametrize("factor, reason", [
