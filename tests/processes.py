@@ -19,7 +19,7 @@ MODEL = ModelConfig(
     moe=MoEConfig(4, 2, MLPConfig(24)),
     attention=AttentionConfig(4, 2, 6, rope_full=RopeConfig()))
 FLAGS = ("--steps=10 --batch-size=8 --seq-len=22 --learning-rate=0.01 "
-         "--log-every=1 --eval-batches=2 --checkpoint-every=2 "
+         "--log-every=1 --eval-every=4 --eval-batches=2 --checkpoint-every=2 "
          "--heldout-fraction=0.3").split()
 
 
@@ -65,8 +65,9 @@ class Processes:
   def wait_for(self, text: str, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while text not in self.said():
-      assert time.monotonic() < end and self.processes[0].poll() is None, (
-          self.said())
+      if time.monotonic() > end or self.processes[0].poll() is not None:
+        self.kill()
+        raise AssertionError(self.said())
       time.sleep(0.05)
 
   def wait(self, seconds: float = 150) -> list[int]:

@@ -84,20 +84,22 @@ def route(config: MoEConfig, logits_TE, *, balance_bias_E=None,
     key: with it, noisy top-k draws its noise (training); without, it does not.
   """
   clean_TE = logits_TE = logits_TE.astype(jnp.float32)
+  noise_TE = draw_noise(config, key, logits_TE.shape)
   num_tokens = taken = len(logits_TE)
   if config.router.kind == "expert_choice":
     routing = expert_choice(config, logits_TE)
     taken_T = jnp.zeros(num_tokens, bool).at[routing.token_M].set(True)
     taken = jnp.sum(taken_T.astype(jnp.float32))
   else:
-    noise_TE = draw_noise(config, key, logits_TE.shape)
     if noise_TE is not None:
       logits_TE = clean_TE + noise_TE * noise_scale_TE
     expert_TA, weight_TA = choose(config, logits_TE, balance_bias_E)
     routing = sort_by_expert(expert_TA, weight_TA, config.num_experts)
-  sums = sum_up(config, clean_TE, logits_TE, noise_scale_TE,
-                routing.group_sizes_E,
+  sums = sum_up(config, logits_TE, routing.group_sizes_E,
                 _importance(routing, config.num_experts), taken)
+  if noise_TE is not None:
+    sums = sums._replace(smooth_load_E=smooth_load(
+        clean_TE, logits_TE, noise_scale_TE, config.experts_per_token))
   return routing, report(config, sums, num_tokens)
 
 
@@ -108,19 +110,15 @@ def draw_noise(config: MoEConfig, key, shape):
   return None
 
 
-def sum_up(config: MoEConfig, clean_TE, logits_TE, noise_scale_TE, rows_E,
-           importance_E, taken) -> Sums:
-  """Of logits without noise and with it (the same array, if there is none)."""
+def sum_up(config: MoEConfig, logits_TE, rows_E, importance_E,
+           taken) -> Sums:
+  """All but the smooth load."""
   probs_TE = _scores(config, logits_TE)
   if config.router.kind == "sigmoid_topk":
     probs_TE /= jnp.sum(probs_TE, -1, keepdims=True) + 1e-20
-  smooth_load_E = None
-  if logits_TE is not clean_TE:
-    smooth_load_E = smooth_load(clean_TE, logits_TE, noise_scale_TE,
-                                config.experts_per_token)
   return Sums(rows_E.astype(jnp.float32), importance_E, jnp.sum(probs_TE, 0),
               jnp.sum(jnp.square(jax.nn.logsumexp(logits_TE, -1))),
-              smooth_load_E, taken)
+              None, taken)
 
 
 def report(config: MoEConfig, sums: Sums, num_tokens: int) -> RouterOutput:
@@ -268,21 +266,23 @@ def balancing_losses(config: MoEConfig, sums: Sums,
 
 
 def smooth_load(clean_TE, noisy_TE, noise_scale_TE, per_token: int):
-  """How many tokens each expert may expect, differentiably.
+  """How many tokens each expert may expect, differentiably; [T, E] or, of a
+  batch that is split, [B, T, E].
 
   Shazeer et al. 2017, appendix A: the probability that an expert stays among
   the top k if its own noise were drawn again and the others' kept.
   """
-  num_experts = noisy_TE.shape[-1]
+  *tokens, num_experts = noisy_TE.shape
   if per_token == num_experts:
-    return jnp.full(num_experts, clean_TE.shape[0], jnp.float32)
+    return jnp.full(num_experts, math.prod(tokens), jnp.float32)
   top_TA, _ = lax.top_k(noisy_TE, per_token + 1)
-  inside_TE = noisy_TE > top_TA[:, -1:]
+  inside_TE = noisy_TE > top_TA[..., -1:]
   # What an expert must beat: the k-th best of the others.
-  bar_TE = jnp.where(inside_TE, top_TA[:, -1:], top_TA[:, -2:-1])
+  bar_TE = jnp.where(inside_TE, top_TA[..., -1:], top_TA[..., -2:-1])
   # With hardly any noise this is a count; a gradient would be 0 / 0.
   scale_TE = jnp.maximum(noise_scale_TE, 1e-6)
-  return jnp.sum(jax.scipy.stats.norm.cdf((clean_TE - bar_TE) / scale_TE), 0)
+  return jnp.sum(jax.scipy.stats.norm.cdf((clean_TE - bar_TE) / scale_TE),
+                 tuple(range(len(tokens))))
 
 
 def load_statistics(load_E) -> dict[str, jax.Array]:

@@ -30,6 +30,7 @@ from jaxlm.model.mlp import MLP
 from jaxlm.model.moe import MoE
 from jaxlm.model.rope import RopeTable, rope_table
 from jaxlm.model.routing import RouterOutput
+from jaxlm.parallel.dispatch import ARRIVED
 from jaxlm.parallel.schemes import SCHEMES
 from jaxlm.parallel.mesh import check_divides, current, shard, unset
 from jaxlm.parallel.vocabulary import lookup, project
@@ -38,6 +39,7 @@ REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "arrived": jax.checkpoint_policies.save_only_these_names(ARRIVED),
 }
 
 
@@ -50,7 +52,8 @@ class Execution:
   """How a model is run; none of it changes what it computes.
 
   dtype: of activations. remat: what the backward pass computes again: "none",
-  "dots" (all but matmuls) or "full" (whole layers). scan_layers: one program
+  "dots" (all but matmuls), "full" (whole layers) or "arrived" (the same, but
+  rows that experts were sent under a mesh are kept). scan_layers: one program
   for all layers of a run (quick to compile), or one for each (faster on the
   CPU). attention, experts: the implementations of `pallas_kernels`' two
   operations.

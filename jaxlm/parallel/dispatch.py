@@ -18,6 +18,7 @@ import typing
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import MoEConfig
 from jaxlm.model.experts import combine, dispatch
@@ -29,6 +30,8 @@ from jaxlm.parallel.schemes import SCHEMES, SHARES, choose_scheme
 from pallas_kernels import manual, platforms
 from pallas_kernels.quant import is_quantized
 
+# Names the rows that arrived at their experts.
+ARRIVED = "arrived"
 # Rows that a round has room for at least.
 LEAST_ROWS = 512
 
@@ -196,8 +199,8 @@ def _exchanged(x_TD, routing, weights, plan: Plan, rounds, parts, by):
   def one_round(i, floats, others):
     (x_MD, weight_M, weights), (parts, quantized) = floats, others
     there, back, sizes_L = by(i, parts)
-    y_RD = plan.compute(there(x_MD), sizes_L, there(weight_M),
-                        _together(weights, quantized))
+    x_RD, weight_R = checkpoint_name(there(x_MD, weight_M), ARRIVED)
+    y_RD = plan.compute(x_RD, sizes_L, weight_R, _together(weights, quantized))
     return back(y_RD, len(x_MD))
 
   weights, quantized = _apart(weights)

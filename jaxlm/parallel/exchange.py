@@ -96,8 +96,9 @@ def by_slots(parts: Parts, slots: int):
   """Exchange in blocks of so many slots, full or not: the parts' places.
 
   Returns:
-    there: rows of one source [M, ...] to rows sorted by expert.
-    back: these to where they were, zeros for rows that did not go.
+    there: rows of one source [M, D] and their weights [M] to rows sorted by
+      expert and theirs.
+    back: these rows to where they were, zeros for rows that did not go.
     sizes_L: rows of each of this shard's experts that come.
   """
   shards, me = lax.axis_size(AXIS), lax.axis_index(AXIS)
@@ -121,9 +122,10 @@ def by_slots(parts: Parts, slots: int):
   def exchange(x):
     return lax.all_to_all(x, AXIS, 0, 0, tiled=True)
 
-  def there(x):
-    return take(exchange(take(x, *rows_and_slots(len(x)))), line_slot_N,
-                slot_line_N)
+  def there(x_MD, weight_M):
+    taken = rows_and_slots(len(x_MD))
+    return tuple(take(exchange(take(x, *taken)), line_slot_N, slot_line_N)
+                 for x in (x_MD, weight_M))
 
   def back(y, num_rows: int):
     slot_row_N, row_slot_M = rows_and_slots(num_rows)
@@ -156,29 +158,53 @@ def by_slices(parts: Parts, size: int):
   arrived = parts.of_shard(me, shards)
   trip = Trip(*(x_SE[me] for x_SE in parts),
               *(x_SL.reshape(-1) for x_SL in arrived))
-  return (lambda x: travel(x, trip, size),
-          lambda y, num_rows: travel(y, trip.back(), num_rows),
+  return (lambda x_MD, weight_M: travel((x_MD, weight_M), trip, size),
+          lambda y_RD, num_rows: travel((y_RD,), trip.back(), num_rows)[0],
           jnp.sum(arrived.size_SE, 0))
 
 
-def travel(x, trip: Trip, num_rows: int):
-  """Slices of x where they go; zeros elsewhere. [num_rows, ...]"""
-  return _travel(len(x), num_rows, *manual.like((x, trip)))
+def travel(rows, trip: Trip, num_rows: int):
+  """Slices of rows (x_MD, weight_M) or (x_MD,) where they go; zeros
+  elsewhere. [num_rows, ...]"""
+  return _travel(len(rows[0]), num_rows, *manual.like((rows, trip)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _travel(rows_before: int, num_rows: int, x, trip):
-  return platforms.on_accelerator(
+def _travel(rows_before: int, num_rows: int, rows, trip):
+  dim = rows[0].shape[1]
+  x = platforms.on_accelerator(
       functools.partial(_ragged_all_to_all, num_rows),
-      functools.partial(_all_gathered, num_rows), x, trip)
+      functools.partial(_all_gathered, num_rows), _packed(*rows), trip)
+  return (x,) if len(rows) == 1 else (x[:, :dim], _unpacked(x[:, dim:]))
 
 
 def _travel_backward(rows_before: int, num_rows: int, trip, dy):
   return _travel(num_rows, rows_before, dy, trip.back()), None
 
 
-_travel.defvjp(lambda rows_before, num_rows, x, trip: (
-    _travel(rows_before, num_rows, x, trip), trip), _travel_backward)
+_travel.defvjp(lambda rows_before, num_rows, rows, trip: (
+    _travel(rows_before, num_rows, rows, trip), trip), _travel_backward)
+
+
+def _packed(x_MD, weight_M=None):
+  """Rows and weights as one: sent alone, a weight would take the room of 128
+  (as a TPU lays out arrays), while rows are mostly padded anyway. In a dtype
+  of 8 bits for the fraction a weight is a sum of three, and exact."""
+  if weight_M is None:
+    return x_MD
+  parts, dtype = [], x_MD.dtype
+  rest_M = weight_M.astype(jnp.float32)
+  for _ in range(1 if dtype == jnp.float32 else 3):
+    part_M = rest_M.astype(dtype)
+    parts.append(part_M)
+    info = jnp.finfo(dtype)
+    # What was rounded to the dtype, as no compiler may leave out.
+    rest_M -= lax.reduce_precision(rest_M, info.nexp, info.nmant)
+  return jnp.concatenate([x_MD, jnp.stack(parts, 1)], 1)
+
+
+def _unpacked(parts_MP):
+  return jnp.sum(parts_MP.astype(jnp.float32), 1)
 
 
 def _ragged_all_to_all(num_rows: int, x, trip: Trip):

@@ -65,21 +65,28 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
     if config.router.kind == "expert_choice":
       choice, sums = _expert_choice(config, inputs, x_BTD.shape[:2], plan,
                                     split)
-      run = dispatch.run_chosen
+      run, noisy_TE = dispatch.run_chosen, None
     else:
-      choice, sums = _token_choice(config, inputs, noise_BTE, plan)
+      choice, sums, noisy_TE = _token_choice(config, inputs, noise_BTE, plan)
       run = dispatch.run
     # From here on all differs from device to device, so that gradients are
     # summed here, where they are smallest.
     axes = split | manual.varying(weights) | {AXIS, "tensor"}
     x_TD, choice, weights = mesh.vary((x_TD, choice, weights), axes)
     y_TD = run(x_TD, *choice, laid_out.used(weights), plan)
-    return (_settle(y_TD, split, axes).reshape(x_BTD.shape),
-            routing.report(config, lax.psum(sums, tuple(split)),
-                           math.prod(batch)))
+    y_TD, noisy = jax.tree.map(
+        lambda x: x.reshape(*x_BTD.shape[:2], -1),
+        (_settle(y_TD, split, axes), noisy_TE))
+    return y_TD, lax.psum(sums, tuple(split)), noisy
 
-  return mesh.manual(local, (tokens, tokens, P(), laid_out.specs),
-                     (tokens, P()))(x_BTD, noise_BTE, router, laid_out.arrays)
+  y_BTD, sums, noisy = mesh.manual(
+      local, (tokens, tokens, P(), laid_out.specs), (tokens, P(), tokens))(
+          x_BTD, noise_BTE, router, laid_out.arrays)
+  if noise_BTE is not None:
+    # Not by each device: some versions of jax know no erf there.
+    sums = sums._replace(smooth_load_E=routing.smooth_load(
+        *noisy, config.experts_per_token))
+  return y_BTD, routing.report(config, sums, math.prod(batch))
 
 
 def _token_axes(num_sequences: int, length: int):
@@ -91,7 +98,8 @@ def _token_axes(num_sequences: int, length: int):
 
 
 def _token_choice(config, inputs, noise_TE, plan: dispatch.Plan):
-  """Who goes where, of a device's own tokens, and sums for the report."""
+  """Who goes where, of a device's own tokens, sums for the report and, where
+  there is noise, what smooth loads are of."""
   clean_TE = logits_TE = inputs["logits_TE"]
   scale_TE = inputs.get("noise_scale_TE")
   if noise_TE is not None:
@@ -104,8 +112,12 @@ def _token_choice(config, inputs, noise_TE, plan: dispatch.Plan):
   taken = jnp.float32(len(logits_TE))
   if plan.scheme == "capacity":
     taken = jnp.sum(jnp.minimum(rows_E, plan.size)) / config.experts_per_token
-  return (expert_TA, weight_TA), routing.sum_up(
-      config, clean_TE, logits_TE, scale_TE, rows_E, importance_E, taken)
+  noisy_TE = None
+  if noise_TE is not None:
+    noisy_TE = clean_TE, logits_TE, scale_TE
+  return ((expert_TA, weight_TA),
+          routing.sum_up(config, logits_TE, rows_E, importance_E, taken),
+          noisy_TE)
 
 
 def _expert_choice(config, inputs, shape, plan: dispatch.Plan, split):
@@ -127,8 +139,7 @@ def _expert_choice(config, inputs, shape, plan: dispatch.Plan, split):
   share = 1 / mesh.axis_size(*split)
   taken_T = jnp.zeros(logits_BTE.size // config.num_experts).at[
       chosen.token_M].set(1)
-  sums = routing.sum_up(config, logits_TE, logits_TE, None,
-                        chosen.group_sizes_E * share,
+  sums = routing.sum_up(config, logits_TE, chosen.group_sizes_E * share,
                         jnp.sum(weight_EC, 1) * share,
                         jnp.sum(taken_T) * share)
   neighbours = sequences * (plan.shards if plan.split else 1)

@@ -231,10 +231,14 @@ def gather(x, axis: int, logical: str, fsdp: bool = True):
   """Inside `manual`: all of an axis of x, of which each device has a part.
 
   One axis of the mesh after the other, fewest bytes first: XLA turns a gather
-  over all devices of some slices into an all-reduce, of twice the bytes.
+  over all devices of some slices into an all-reduce, of twice the bytes. So it
+  does on TPU with the scatter that is its transpose where parts do not fill
+  tiles of 128, but not of a dimension that is the devices'.
   """
   for name in reversed(rules(fsdp)[logical] or ()):
-    x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    shape = x.shape
+    x = jax.lax.all_gather(x, name, axis=axis)
+    x = x.reshape(*shape[:axis], -1, *shape[axis + 1:])
   return x
 
 

@@ -44,10 +44,6 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         said in str(error) for said in ("coordinator_address", "before any")):
       raise
     return
-  # CPUs, unlike others, run two programs at once where neither needs the
-  # other; exchanges of both may then meet in another order elsewhere, and wait
-  # for each other forever.
-  jax.config.update("jax_cpu_enable_async_dispatch", False)
   if is_several():
     _leave_last_words()
 
@@ -80,6 +76,18 @@ def is_several() -> bool:
 def is_main() -> bool:
   """Whether this process is the one that writes what all have to say."""
   return jax.process_index() == 0
+
+
+def in_order(result):
+  """The result of a program, as it is; of several processes on CPUs, waits.
+
+  CPUs, unlike others, run two programs at once where neither needs the other.
+  Their exchanges then may come in another order in another process, and wait
+  for each other forever or take each other's bytes.
+  """
+  if is_several() and jax.default_backend() == "cpu":
+    jax.block_until_ready(result)
+  return result
 
 
 def everyone(value) -> list:

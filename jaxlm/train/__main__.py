@@ -192,6 +192,9 @@ def _train(args):
   mesh = args.mesh
   if mesh is None and jax.device_count() > 1:
     mesh = {"data": jax.device_count()}
+  if "://" in args.workdir:
+    raise ValueError(f"--workdir {args.workdir} is no directory: mount the "
+                     "bucket on each host, and name where")
   workdir = pathlib.Path(args.workdir)
   if jax.config.jax_compilation_cache_dir is None:
     # A restart is spared the compilation.

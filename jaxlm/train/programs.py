@@ -11,6 +11,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.data.packing import Batch, Rows
 from jaxlm.data.pipeline import batches
 from jaxlm.parallel.mesh import named_sharding
+from jaxlm.parallel.multihost import in_order
 from jaxlm.parallel.params import shardings, with_shardings
 from jaxlm.train.step import TrainConfig, eval_step, init_state, train_step
 
@@ -40,14 +41,14 @@ class Programs:
 
   def init(self):
     with self._shared.under_mesh():
-      return self._shared.init(self._seeds)
+      return in_order(self._shared.init(self._seeds))
 
   def step(self, state, batch: Batch):
     """The next state and metrics; `state` is donated. The batch has the
     `local_rows` alone."""
     with self._shared.under_mesh():
-      return self._shared.step(
-          state, self._shared.place(batch, self.local_rows), self._seeds)
+      return in_order(self._shared.step(
+          state, self._shared.place(batch, self.local_rows), self._seeds))
 
   def place(self, batch: Batch):
     """A whole batch as `evaluate` takes it, on the devices."""
@@ -55,7 +56,7 @@ class Programs:
 
   def evaluate(self, params, batch):
     with self._shared.under_mesh():
-      return self._shared.evaluate(params, batch)
+      return in_order(self._shared.evaluate(params, batch))
 
   def compile(self) -> None:
     """Now, so that the first step takes no longer than the others."""

@@ -35,8 +35,9 @@ def counts():
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def exchanged(kind, start, size, x_SMD, counts_SE):
-  """Of each device: what came, what came back of its double, rows of each
-  expert, and the trip's arrays. A window of rows from `start` on."""
+  """Of each device: what came, with its weights, what came back of its
+  double, rows of each expert, and the trip's arrays. A window of rows from
+  `start` on."""
   def local(x_SMD, counts_SE):
     x_MD = x_SMD[0]
     if kind == "slices":
@@ -50,9 +51,9 @@ def exchanged(kind, start, size, x_SMD, counts_SE):
     me = lax.axis_index(exchange.AXIS)
     trip = exchange.Trip(*(x[me] for x in parts),
                          *(x.reshape(-1) for x in parts.of_shard(me, SHARDS)))
-    came = there(x_MD)
+    came, weight_R = there(x_MD, jnp.sin(x_MD[:, 3]))
     return jax.tree.map(lambda x: mesh.vary(x[None], ["expert"]), (
-        came, back(2 * came, len(x_MD)), sizes, trip))
+        came, weight_R, back(2 * came, len(x_MD)), sizes, trip))
   with_expert = P(exchange.AXIS)
   return mesh.manual(local, (with_expert, P()), with_expert)(x_SMD, counts_SE)
 
@@ -94,13 +95,16 @@ def test_each_row_comes_once_sorted_and_goes_back(kind, size, counts):
   seen, returned = [], np.zeros_like(x_SMD)
   for start in range(0, 7 * size, size):
     with mesh_of_four():
-      came, back, sizes, trip = jax.tree.map(np.asarray, exchanged(
+      came, weights, back, sizes, trip = jax.tree.map(np.asarray, exchanged(
           kind, start, size, x_SMD, counts))
     returned += back
     for shard in range(SHARDS):
       total = sizes[shard].sum()
       mine, rest = came[shard, :total], came[shard, total:]
-      assert not rest.any()
+      assert not rest.any() and not weights[shard, total:].any()
+      np.testing.assert_array_equal(
+          weights[shard, :total].astype(x_SMD.dtype),
+          jnp.sin(mine[:, 3]).astype(x_SMD.dtype))
       experts = np.repeat(np.arange(LOCAL) + shard * LOCAL, sizes[shard])
       np.testing.assert_array_equal(mine[:, 1], experts)
       # Sources in order, and their rows.
@@ -203,3 +207,12 @@ def test_what_cannot_be_is_refused(config, options, message):
 def test_execution_knows_the_schemes(options, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     Execution(**options)
+
+
+def test_weights_travel_exactly_with_rows_of_few_bits():
+  weights = np.random.default_rng(2).normal(size=99).astype(np.float32)
+  weights[:2] = 0, 1e-20
+  x_MD = jnp.zeros((99, 7), jnp.bfloat16)
+  parts = jax.jit(exchange._packed)(x_MD, weights)
+  assert parts.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(exchange._unpacked(parts[:, 7:]), weights)

@@ -1,5 +1,4 @@
 """The expert layer on eight devices is the expert layer on one."""
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -10,8 +9,9 @@ import pytest
 
 from jaxlm.config import MLPConfig, MoEConfig, RouterConfig
 from jaxlm.model.moe import MoE
-from jaxlm.model.routing import RouterOutput, choose, router_inputs
-from jaxlm.parallel import dispatch, exchange, mesh
+from jaxlm.model.routing import choose, router_inputs
+from jaxlm.model.transformer import REMAT_POLICIES
+from jaxlm.parallel import dispatch, mesh
 from jaxlm.parallel.schemes import SCHEMES
 from pallas_kernels.quant import Int8
 
@@ -196,3 +196,21 @@ def test_tokens_that_do_not_divide_are_on_all_devices(batch, length, fsdp):
   expected = everything(GPT_OSS, params, x, dy)
   with on({"expert": 2, "data": 2, "context": 2}):
     assert_same(everything(GPT_OSS, params, x, dy, fsdp=fsdp), expected)
+
+
+def test_rows_that_arrived_may_be_kept():
+  params, x, dy = inputs(GPT_OSS)
+
+  def exchanges(remat):
+    def output(params, x):
+      return layer(GPT_OSS, params, x, "ragged_all_to_all")[0]
+    if remat != "none":
+      output = jax.checkpoint(output, policy=REMAT_POLICIES[remat])
+    program = jax.make_jaxpr(jax.grad(lambda params, x: jnp.sum(
+        jnp.sin(output(params, x) + x) * dy), (0, 1)))(params, x)
+    return str(program).count("ragged_all_to_all[")
+
+  with on(MESHES[0]):
+    # There and back, and gradients there and back.
+    assert exchanges("full") == exchanges("none") + 1
+    assert exchanges("arrived") == exchanges("none")

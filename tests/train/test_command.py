@@ -65,8 +65,9 @@ def test_wrong_usage(tmp_path, capsys, wrong, said):
     ("--set=moe.num_experts=2", "the model has no moe"),
     ("--num-processes=2", "give all three"),
     ("--mesh=data=3", "there are 8"),
+    ("--workdir=gs://bucket/run", "mount the bucket"),
     ("--data=files:nowhere/*", "matches no file")])
 def test_what_cannot_be(tmp_path, capsys, wrong, said):
   arguments = [wrong, *SMALL[1:]] if "preset" in wrong else [*SMALL, wrong]
-  assert main([*arguments, *HOW, f"--workdir={tmp_path / 'run'}"]) == 1
+  assert main([f"--workdir={tmp_path / 'run'}", *arguments, *HOW]) == 1
   assert said in capsys.readouterr().err

@@ -12,6 +12,9 @@ from jaxlm.train import fingerprint
 from jaxlm.train.fingerprint import fingerprints
 
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   """So that small arrays have several, and a rest."""
@@ -36,7 +39,8 @@ def noise(shape, dtype=jnp.float32, seed=0):
 
 MESHES = [{"data": 8}, {"data": 2, "expert": 4},
           {"data": 2, "context": 2, "tensor": 2}]
-SPECS = [P("data"), P(None, ("data", "expert")), P(("expert", "data"), "tensor"),
+SPECS = [P("data"), P(None, ("data", "expert")),
+         P(("expert", "data"), "tensor"),
          P(None, None, ("data", "context", "expert")), P()]
 
 

@@ -36,7 +36,7 @@ def killed(tmp_path_factory, program_cache):
 
 def test_a_lost_process_ends_the_other_with_a_word(killed):
   run, status, seconds = killed
-  assert status not in (0, None) and seconds < 40
+  assert status != 0 and seconds < 40
   # What ends it is jax or a failed exchange; the word is there in both cases.
   deadline = time.monotonic() + 5
   while "Start all of them again" not in run.said():
@@ -51,11 +51,9 @@ def test_the_first_process_alone_speaks(killed):
 
 
 def same(losses, wanted):
-  assert [line[0] for line in losses] == [line[0] for line in wanted]
-  np.testing.assert_allclose([line[1] for line in losses],
-                             [line[1] for line in wanted], rtol=3e-6)
-  if len(losses) == 10:
-    np.testing.assert_allclose(losses[-1][2], wanted[-1][2], rtol=3e-6)
+  """Steps, losses and, where there are any, held-out losses."""
+  np.testing.assert_allclose(np.array(losses, float), np.array(wanted, float),
+                             rtol=3e-6)
 
 
 def test_two_processes_have_the_losses_of_one(killed, alone):
@@ -64,14 +62,14 @@ def test_two_processes_have_the_losses_of_one(killed, alone):
   same(losses, alone.losses()[:len(losses)])
 
 
-@pytest.mark.parametrize("count, mesh", [(2, "data=8"),
-                                         (1, "data=4")])
+@pytest.mark.parametrize("count, devices, mesh", [
+    (2, 8, "data=2,expert=4"), (1, 4, "data=4")])
 def test_the_run_goes_on_with_other_processes_and_another_mesh(
-    killed, alone, program_cache, count, mesh):
+    killed, alone, program_cache, count, devices, mesh):
   before = killed[0].workdir
   workdir = shutil.copytree(before, before.with_name(f"on_{count}"))
   run = Processes(program_cache, workdir, f"--mesh={mesh}", count=count,
-                  devices=8 if count == 2 else 4)
+                  devices=devices)
   assert run.wait() == [0] * count, run.said()
   first = int(run.said().split("step ")[1].split("/")[0])
   assert first in (3, 5, 7)  # after a checkpoint, not from the beginning
