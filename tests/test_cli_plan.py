@@ -1,4 +1,5 @@
 """`jaxlm plan`: what it prints, keeps and refuses."""
+import importlib.util
 import json
 import socket
 
@@ -72,6 +73,14 @@ def test_gpus_go_by_arithmetic(capsys):
 def test_failures_say_why(arguments, message, capsys):
   status, _, error = run(capsys, *arguments)
   assert status == 1 and message in error
+
+
+def test_without_libtpu(capsys, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  status, _, error = run(capsys, "--model", "gpt2", "--slice", "v5e:2x2",
+                         "--mesh", "data=4", "--seq", "1024")
+  assert status == 1
+  assert "pip install libtpu" in error and "--estimate" in error
 
 
 def test_wrong_usage_is_status_2(capsys):

@@ -15,7 +15,7 @@ from jaxlm.model.cache import cache_slots
 from jaxlm.model.costs import Flops, flops_per_token
 from jaxlm.parallel.mesh import RULES
 from jaxlm.parallel.params import logical_axes
-from jaxlm.parallel.schemes import choose_scheme
+from jaxlm.parallel.schemes import SHARES, choose_scheme
 from jaxlm.model.transformer import abstract_params
 from jaxlm.plan import programs
 from jaxlm.plan.job import Job
@@ -23,6 +23,8 @@ from jaxlm.train.loss import CHUNK_LOGITS
 
 # Of activations, and of weights as they are gathered.
 ITEM = 2
+# The program itself, and the kernels and exchanges of experts.
+CODE, EXPERT_CODE = 20e6, 150e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +144,16 @@ class Shapes:
         a.head_dim + a.v_head_dim) / tensor
     feed = rows * ITEM * 4 * self.config.mlp.d_ff / tensor if (
         self.config.mlp) else 0
-    if self.config.moe:
-      moe = self.config.moe
-      routed = rows * moe.experts_per_token
-      feed = max(feed, routed * ITEM * (
-          2 * self.config.d_model + 3 * moe.expert.d_ff / tensor))
-    return 4 * rows * self.row + max(attention, feed)
+    return 4 * rows * self.row + max(attention, feed, self._routed(2))
+
+  def _routed(self, arrays: int) -> float:
+    """Bytes of so many float32 arrays of what experts activate, with a round's
+    room."""
+    moe = self.config.moe
+    if moe is None:
+      return 0
+    return (arrays * 4 * SHARES * self.tokens * moe.experts_per_token
+            * 2 * moe.expert.d_ff / self.mesh["tensor"])
 
   def _gathered(self) -> float:
     """Bytes of a layer's weights, gathered over the axes of the batch."""
@@ -160,10 +166,12 @@ class Shapes:
     gradients = state["parameters"]
     kept = (config.num_layers + 2) * self.tokens * self.row
     table = config.vocab_size * config.d_model / tensor
-    # The table in bfloat16, its gradient summed in float32, some logits.
-    loss = table * (ITEM + 4) + 3 * 4 * CHUNK_LOGITS
-    layer = 2 * self._layer() + 3 * self._gathered()
-    return gradients + kept + max(loss, layer)
+    # The table's gradient, summed in float32, waits for the layers'; while it
+    # is made there are the table in bfloat16, and some logits.
+    loss = 2 * ITEM * table + 3 * 4 * CHUNK_LOGITS
+    layer = max(2 * self._layer(), self._routed(7)) + 3 * self._gathered()
+    return gradients + kept + 4 * table + max(loss, layer) + CODE + (
+        EXPERT_CODE if config.moe else 0)
 
   def _prefill(self, state) -> float:
     del state
@@ -173,7 +181,7 @@ class Shapes:
     del state
     words = self.config.vocab_size / self.mesh["tensor"]
     rows = self.job.batch / self.job.batch_parts
-    return 3 * rows * words * 4 + 8 * self._layer()
+    return 3 * rows * words * 4 + 8 * self._layer() + CODE
 
   def wire(self) -> dict[tuple[str, str], float]:
     found = {}

@@ -1,5 +1,6 @@
 """The real programs of a job, traced and lowered for a slice."""
 import functools
+import importlib.util
 import math
 import os
 import typing
@@ -39,6 +40,10 @@ def topology_mesh(slice_: Slice, sizes: dict[str, int]):
   if device.topology is None:
     raise ValueError(f"{slice_.name} is no TPU slice: there is no compiler for "
                      "it here; use the estimate (--estimate)")
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError("libtpu, the compiler for TPUs, is not installed: `pip "
+                     "install libtpu` (Linux on x86), or use the estimate "
+                     "(--estimate)")
   options = {}
   if device.name == "v4":
     options["chip_config_name"] = "megacore"
@@ -48,13 +53,7 @@ def topology_mesh(slice_: Slice, sizes: dict[str, int]):
   try:
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name=name, **options).devices
-  except Exception as error:
-    if "libtpu" in str(error) and "find" in str(error).lower() or isinstance(
-        error, (FileNotFoundError, NotImplementedError)):
-      raise ValueError(
-          "libtpu, the compiler for TPUs, is not installed: `pip install "
-          "libtpu` (Linux on x86), or use the estimate (--estimate)"
-      ) from error
+  except jax.errors.JaxRuntimeError as error:
     raise ValueError(f"slice {slice_.name}: libtpu knows no topology {name}: "
                      f"{str(error).splitlines()[0]}") from error
   return mesh_lib.make_mesh(sizes, devices)
