@@ -1,5 +1,6 @@
 """Several processes that run one program, each with its own devices."""
 import atexit
+import itertools
 import json
 import os
 import subprocess
@@ -8,9 +9,11 @@ import sys
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+import orbax.checkpoint as ocp
 
 _REMEDY = "Start all of them again: the run goes on from its last checkpoint"
 _witness = None
+_meetings = itertools.count()
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None,
@@ -88,6 +91,15 @@ def in_order(result):
   if is_several() and jax.default_backend() == "cpu":
     jax.block_until_ready(result)
   return result
+
+
+def meet() -> None:
+  """Waits for all processes, of which some may compile for long: an exchange
+  between CPUs waits half a minute only."""
+  if is_several():
+    ocp.multihost.sync_global_processes(
+        f"jaxlm meets {next(_meetings)}", timeout=3600,
+        processes=set(range(jax.process_count())))
 
 
 def everyone(value) -> list:

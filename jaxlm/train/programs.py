@@ -10,6 +10,7 @@ import numpy as np
 from jaxlm.config import ModelConfig
 from jaxlm.data.packing import Batch, Rows
 from jaxlm.data.pipeline import batches
+from jaxlm.parallel import multihost
 from jaxlm.parallel.mesh import named_sharding
 from jaxlm.parallel.multihost import in_order
 from jaxlm.parallel.params import shardings, with_shardings
@@ -41,7 +42,11 @@ class Programs:
 
   def init(self):
     with self._shared.under_mesh():
-      return in_order(self._shared.init(self._seeds))
+      init = self._shared.init
+      if multihost.is_several():
+        init = init.lower(self._seeds).compile()
+        multihost.meet()
+      return in_order(init(self._seeds))
 
   def step(self, state, batch: Batch):
     """The next state and metrics; `state` is donated. The batch has the
@@ -146,6 +151,7 @@ class _Shared:
           self.abstract_state, batch(*self._axes), self._seeds).compile()
       self.evaluate = self.evaluate.lower(
           self.abstract_state.params, batch()).compile()
+    multihost.meet()
     return self.step
 
 
