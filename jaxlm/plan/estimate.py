@@ -168,10 +168,10 @@ class Shapes:
     table = config.vocab_size * config.d_model / tensor
     # The table's gradient, summed in float32, waits for the layers'; while it
     # is made there are the table in bfloat16, and some logits.
-    loss = 2 * ITEM * table + 3 * 4 * CHUNK_LOGITS
+    loss = 2 * ITEM * table + 4 * 4 * CHUNK_LOGITS
     layer = max(2 * self._layer(), self._routed(7)) + 3 * self._gathered()
-    return gradients + kept + 4 * table + max(loss, layer) + CODE + (
-        EXPERT_CODE if config.moe else 0)
+    code = CODE + (EXPERT_CODE if config.moe else 0)
+    return kept + 4 * table + max(loss, gradients + layer) + code
 
   def _prefill(self, state) -> float:
     del state
