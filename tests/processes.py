@@ -62,7 +62,7 @@ class Processes:
   def said(self, i: int = 0) -> str:
     return self.outputs[i].read_text()
 
-  def wait_for(self, text: str, seconds: float = 120) -> None:
+  def wait_for(self, text: str, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while text not in self.said():
       if time.monotonic() > end or self.processes[0].poll() is not None:
@@ -70,7 +70,7 @@ class Processes:
         raise AssertionError(self.said())
       time.sleep(0.05)
 
-  def wait(self, seconds: float = 150) -> list[int]:
+  def wait(self, seconds: float = 300) -> list[int]:
     """Exit statuses."""
     end = time.monotonic() + seconds
     try:

@@ -6,7 +6,6 @@ moves that expansion to the query and to the output instead ("absorbs" it), so
 that the heads read the latents themselves.
 """
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from jaxlm.config import MLAConfig, NormConfig

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import manual, platforms
+from pallas_kernels import platforms, vma
 
 AXIS = "expert"
 
@@ -166,7 +166,7 @@ def by_slices(parts: Parts, size: int):
 def travel(rows, trip: Trip, num_rows: int):
   """Slices of rows (x_MD, weight_M) or (x_MD,) where they go; zeros
   elsewhere. [num_rows, ...]"""
-  return _travel(len(rows[0]), num_rows, *manual.like((rows, trip)))
+  return _travel(len(rows[0]), num_rows, *vma.like((rows, trip)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -208,7 +208,7 @@ def _unpacked(parts_MP):
 
 
 def _ragged_all_to_all(num_rows: int, x, trip: Trip):
-  zeros = manual.like(jnp.zeros((num_rows, *x.shape[1:]), x.dtype), x)
+  zeros = vma.like(jnp.zeros((num_rows, *x.shape[1:]), x.dtype), x)
   return lax.ragged_all_to_all(x, zeros, trip.sent_from, trip.sent,
                                trip.sent_to, trip.came, axis_name=AXIS)
 

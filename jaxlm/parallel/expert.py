@@ -20,7 +20,7 @@ from jaxlm.config import MLPConfig, MoEConfig
 from jaxlm.model import experts, routing
 from jaxlm.parallel import dispatch, mesh
 from jaxlm.parallel.exchange import AXIS
-from pallas_kernels import manual
+from pallas_kernels import vma
 from pallas_kernels.quant import is_quantized
 
 
@@ -71,8 +71,8 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
       run = dispatch.run
     # From here on all differs from device to device, so that gradients are
     # summed here, where they are smallest. Stages have other layers' tokens.
-    axes = (split | manual.varying(weights) | {AXIS, "tensor"}) - {"stage"}
-    x_TD, choice, weights = mesh.vary((x_TD, choice, weights), axes)
+    axes = (split | vma.varying(weights) | {AXIS, "tensor"}) - {"stage"}
+    x_TD, choice, weights = vma.vary((x_TD, choice, weights), axes)
     y_TD = run(x_TD, *choice, laid_out.used(weights), plan)
     y_TD, noisy = jax.tree.map(
         lambda x: x.reshape(*x_BTD.shape[:2], -1),
@@ -175,12 +175,12 @@ class _LaidOut(typing.NamedTuple):
 
   whole: matrices are, experts over `expert` and `tensor` together.
   halves: the first matrix is [E, D, 2, F], of gates and of what they gate.
-  gathered: over these axes, where they are used, along axis 1 and axis 2.
+  gathered: where they are used, along axis 1 and axis 2.
   """
   arrays: tuple
   specs: tuple
   whole: bool
-  gathered: tuple[str, ...]
+  gathered: bool
 
   def used(self, weights):
     """The weights of this device's experts, inside `manual`."""
@@ -188,8 +188,8 @@ class _LaidOut(typing.NamedTuple):
     if self.whole:
       return weights
     if self.gathered:
-      first = lax.all_gather(first, self.gathered, axis=1, tiled=True)
-      down = lax.all_gather(down, self.gathered, axis=2, tiled=True)
+      first = mesh.gather(first, 1, "expert_embed")
+      down = mesh.gather(down, 2, "expert_embed")
     first = first.reshape(*first.shape[:2], -1)
     if first_bias is not None:
       first_bias = first_bias.reshape(len(first_bias), -1)
@@ -224,7 +224,5 @@ def _lay_out(weights, config: MLPConfig, dtype, fsdp: bool) -> _LaidOut:
       mesh.check_divides(what, x.shape, of_x, mesh.current(), fsdp)
     # A quantized leaf's arrays have its experts in front.
     specs.append(mesh.spec(*of_x[:1] if is_quantized(x) else of_x, fsdp=fsdp))
-  gathered = mesh.rules(fsdp)["expert_embed"] or ()
-  if mesh.axis_size(*gathered) == 1:
-    gathered = ()
+  gathered = mesh.axis_size(*mesh.rules(fsdp)["expert_embed"] or ()) > 1
   return _LaidOut(arrays, tuple(specs), whole, gathered)

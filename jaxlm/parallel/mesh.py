@@ -234,17 +234,6 @@ def of_each(function, in_specs, out_specs):
                                                    out_specs)
 
 
-def vary(x, axes: Iterable[str] | None = None):
-  """Tells shard_map that x, a tree, may differ along `axes` (all by default)
-  from here on: its gradient is summed over them here, and nowhere else."""
-  axes = set(current().axis_names if axes is None else axes)
-  def visit(leaf):
-    missing = axes - set(varying(leaf))
-    return jax.lax.pcast(leaf, tuple(n for n in AXES if n in missing),
-                         to="varying") if missing else leaf
-  return jax.tree.map(visit, x)
-
-
 def gather(x, axis: int, logical: str, fsdp: bool = True):
   """Inside `manual`: all of an axis of x, of which each device has a part.
 
@@ -258,8 +247,3 @@ def gather(x, axis: int, logical: str, fsdp: bool = True):
     x = jax.lax.all_gather(x, name, axis=axis)
     x = x.reshape(*shape[:axis], -1, *shape[axis + 1:])
   return x
-
-
-def varying(x) -> frozenset[str]:
-  """The axes of the mesh along which x may differ."""
-  return jax.typeof(x).manual_axis_type.varying

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import ModelConfig, stacks
 from jaxlm.parallel import mesh
+from pallas_kernels import vma
 
 AXIS = "stage"
 
@@ -82,7 +83,7 @@ def run(apply, stacked, specs, index_R, x_BTD, context, microbatches: int):
   whole_batch = len(x_BTD)
 
   def local(stacked, index_R, x_BTD, context):
-    x_BTD, context = mesh.vary((x_BTD, context), {AXIS})
+    x_BTD, context = vma.vary((x_BTD, context), {AXIS})
     stage, stages = lax.axis_index(AXIS), lax.axis_size(AXIS)
 
     def cut(x):
@@ -109,8 +110,8 @@ def run(apply, stacked, specs, index_R, x_BTD, context, microbatches: int):
               sums), y
 
     _, reports = jax.eval_shape(through, x_MBTD[0], stage)
-    sums = jax.tree.map(lambda x: mesh.vary(jnp.zeros(x.shape, x.dtype),
-                                            mesh.varying(x) | {AXIS}), reports)
+    sums = jax.tree.map(lambda x: vma.vary(jnp.zeros(x.shape, x.dtype),
+                                           vma.varying(x) | {AXIS}), reports)
     (_, sums), y_SBTD = lax.scan(
         step, (jnp.zeros_like(x_MBTD[0]), sums),
         jnp.arange(microbatches + stages - 1))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import manual
+from pallas_kernels import vma
 
 
 def sum_of_rounds(function, rounds, floats, others, most: int):
@@ -24,7 +24,7 @@ def sum_of_rounds(function, rounds, floats, others, most: int):
   """
   if most == 1:
     return function(0, floats, others)
-  return _sum(function, rounds, *manual.like((floats, others)))
+  return _sum(function, rounds, *vma.like((floats, others)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,7 +13,7 @@ import time
 import jax
 
 from jaxlm.data.tokenizers import cache_dir
-from jaxlm.plan import hlo, programs
+from jaxlm.plan import hlo
 from jaxlm.plan.job import Job
 
 # Of what is kept; another number forgets it.

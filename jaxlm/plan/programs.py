@@ -6,7 +6,6 @@ import os
 import typing
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxlm.decode.generate import CHUNK, State as Decoding, decode, prefill

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxlm.parallel.mesh import vary
+from pallas_kernels import vma
 
 # Words looked at at once: they and their sums stay in the cache of a CPU.
 BLOCK = 2**16
@@ -80,7 +80,7 @@ def _part(x, whole_shape, first, axes):
             jnp.maximum(top, _magnitude(word, x.dtype)))
 
   zeros = jnp.zeros((step, x.shape[1]), jnp.uint32)
-  sums = (vary(zeros, axes), vary(zeros, axes)) if axes else (zeros, zeros)
+  sums = vma.vary((zeros, zeros), axes)
   blocks = num_rows // step if step else 0
   if blocks == 1:
     sums = add(sums, 0, step)

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.config import ModelConfig
 from jaxlm.model.transformer import unembedding
 from jaxlm.parallel import mesh
+from pallas_kernels import vma
 
 # Logits held at a time; large enough for matmuls at full speed.
 CHUNK_LOGITS = 1 << 24
@@ -56,7 +57,7 @@ def _sharded_loss(options, fsdp, *args):
   def local(hidden_BTD, table_DV, targets_BT, mask_BT):
     table_DV = mesh.gather(table_DV, 0, "embed", fsdp)
     # Summed over the devices here, these gradients are: the last to be.
-    hidden_BTD, table_DV = mesh.vary((hidden_BTD, table_DV), (*batch, *vocab))
+    hidden_BTD, table_DV = vma.vary((hidden_BTD, table_DV), (*batch, *vocab))
     total = _loss((*options, vocab), hidden_BTD, table_DV, targets_BT, mask_BT)
     return lax.psum(total, batch)
 
@@ -132,7 +133,7 @@ def _cross_entropy(options, hidden_TD, table_DV, targets_T, mask_T):
 
 def _zero(x, shape=()):
   """Zeros that may differ between devices as x does."""
-  return mesh.vary(jnp.zeros(shape, jnp.float32), mesh.varying(x))
+  return vma.zeros(shape, jnp.float32, x)
 
 
 def _forward(options, hidden_TD, table_DV, targets_T, mask_T):

@@ -4,7 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import choice, manual, platforms
+from pallas_kernels import choice, platforms, vma
 from pallas_kernels.expert_matmul import gpu, ragged, reference, tpu, xla
 from pallas_kernels.expert_matmul.options import Options
 from pallas_kernels.quant import is_quantized
@@ -57,7 +57,7 @@ def expert_matmul(x_MD, weights, group_sizes_E, *, bias=None,
                        (x_MD, weights, options))
   args = x_MD, weights, group_sizes_E, bias, row_weights_M
   return _expert_matmul(name, implementation == "auto", options,
-                        *manual.like(args))
+                        *vma.like(args))
 
 
 def unsupported(implementation: str, x_MD, weights, *, swiglu_limit=None,

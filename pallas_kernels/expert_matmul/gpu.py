@@ -35,7 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import manual
+from pallas_kernels import vma
 from pallas_kernels.expert_matmul import gpu_tiles, reference
 from pallas_kernels.expert_matmul.gpu_tiles import dot, load
 from pallas_kernels.quant import FP8, MXFP4, Int8, is_quantized
@@ -151,8 +151,9 @@ def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
   grid = (pl.cdiv(shape[2], blocks.columns), pl.cdiv(shape[1], blocks.depth),
           shape[0])
   dw_EDF = _call(functools.partial(_weight_gradient_kernel, blocks=blocks),
-                 grid, manual.result(shape, jnp.float32, group_sizes_E, x_MD,
-                                     dy_MF), blocks, options)(group_sizes_E.astype(jnp.int32), x_MD, dy_MF)
+                 grid, vma.shape_like((group_sizes_E, x_MD, dy_MF), shape,
+                                      jnp.float32), blocks, options)(
+                     group_sizes_E.astype(jnp.int32), x_MD, dy_MF)
   return dw_EDF, (reference.bias_gradient(dy_MF, group_sizes_E) if with_bias
                   else None)
 
@@ -204,7 +205,7 @@ def _matmul(x_MK, weights, group_sizes_E, bias_EN, row_weights_M, blocks,
   operands = (group_sizes_E.astype(jnp.int32), product.x_layout(x_MK),
               *product.arrays(weights), *extras)
   return _call(kernel, (pl.cdiv(num_columns, blocks.columns), tiles),
-               manual.result(shape, x_MK.dtype, operands), blocks,
+               vma.shape_like(operands, shape, x_MK.dtype), blocks,
                options)(*operands)
 
 

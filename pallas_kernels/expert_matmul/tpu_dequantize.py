@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import typing
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax

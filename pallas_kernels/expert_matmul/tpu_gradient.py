@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import manual
+from pallas_kernels import vma
 from pallas_kernels.expert_matmul import tpu_schedule as schedule
 
 
@@ -37,8 +37,8 @@ def weight_gradient(x_MD, dy_MF, num_experts: int, visits, *, rows: int,
           out_specs=pl.BlockSpec(
               (1, inputs, outputs),
               lambda d, f, i, _, expert, *__: (expert[i], d, f))),
-      out_shape=manual.result((num_experts, dim_in, dim_out), jnp.float32,
-                              visits, x_MD, dy_MF),
+      out_shape=vma.shape_like((visits, x_MD, dy_MF),
+                               (num_experts, dim_in, dim_out), jnp.float32),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"),
           vmem_limit_bytes=vmem_bytes),

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import manual
+from pallas_kernels import vma
 from pallas_kernels.expert_matmul import reference
 from pallas_kernels.expert_matmul import tpu_schedule as schedule
 from pallas_kernels.expert_matmul.tpu_dequantize import Operand
@@ -137,8 +137,8 @@ def matmul(x_MK, weights: Operand, num_outputs: int, visits, plan: Plan, *,
           out_specs=spec((plan.rows, plan.columns // half),
                          lambda n, i, v: (v.row_tile, n)),
           scratch_shapes=scratch),
-      out_shape=manual.result((num_rows, num_outputs), x_MK.dtype, arrays,
-                              operands),
+      out_shape=vma.shape_like((x_MK, arrays, operands),
+                               (num_rows, num_outputs)),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=plan.vmem_bytes),

@@ -3,9 +3,9 @@
 `jax.lax.ragged_dot` on the CPU multiplies every row by every expert. Here one
 loop runs over the experts that have rows and, of each, over tiles of its
 outputs; inside it one over blocks of its rows. (float32 arrays, of which
-nothing is to be unpacked, take one flat loop over all blocks instead.) Cost follows the rows, whatever
-the number of experts, and an expert without rows is not read. What keeps the
-loops near the speed of a large matmul:
+nothing is to be unpacked, take one flat loop over all blocks instead.) Cost
+follows the rows, whatever the number of experts, and an expert without rows is
+not read. What keeps the loops near the speed of a large matmul:
 
 - a tile becomes float32 once, 2 MB of it, and is multiplied while it is in the
   cache: no dequantized expert stands in memory. To dequantize takes some eight
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import manual
+from pallas_kernels import vma
 from pallas_kernels.expert_matmul.reference import finish
 from pallas_kernels.quant import MXFP4Pairs, is_quantized
 from pallas_kernels.quant.leaf import part_of
@@ -75,7 +75,7 @@ def matmul(x_MD, weights, group_sizes_E, bias_EF, row_weights_M, options):
 
     return lax.fori_loop(0, -(-(end - first) // block), rows, y_MF)
 
-  zeros = manual.like(jnp.zeros((num_rows, dim // ratio), jnp.float32), x_MD,
+  zeros = vma.like(jnp.zeros((num_rows, dim // ratio), jnp.float32), x_MD,
                       weights, group_sizes_E, bias_EF, row_weights_M)
   y_MF = _for_each_tile(tiles, group_sizes_E, tile_size, tile, zeros)
   return y_MF.astype(x_MD.dtype)
@@ -111,7 +111,7 @@ def input_gradient(dy_MF, weights, group_sizes_E, options):
 
     return lax.fori_loop(0, -(-(end - first) // block), rows, dx_planes)
 
-  zeros = tiles.split(manual.like(jnp.zeros((num_rows, dim), jnp.float32),
+  zeros = tiles.split(vma.like(jnp.zeros((num_rows, dim), jnp.float32),
                                   dy_MF, weights, group_sizes_E))
   return tiles.join(_for_each_tile(tiles, group_sizes_E, tile_size, tile,
                                    zeros)).astype(dtype)
@@ -147,7 +147,7 @@ def _flat_matmul(x_MD, weights, group_sizes_E, bias_EF=None, *,
       y += lax.dynamic_index_in_dim(bias_EF, expert[i], 0).astype(y.dtype)
     return _merge(y_MF, y, at, 0, first[i], end[i])
 
-  zeros = manual.like(jnp.zeros((num_rows, dim), x_MD.dtype), x_MD, weights,
+  zeros = vma.like(jnp.zeros((num_rows, dim), x_MD.dtype), x_MD, weights,
                       group_sizes_E, bias_EF)
   return lax.fori_loop(0, used, body, zeros)
 
@@ -277,7 +277,7 @@ def weight_gradient(x_MD, dy_MF, group_sizes_E, with_bias: bool, options):
   zeros = (jnp.zeros((num_experts, dim_in, dim_out), jnp.float32),
            jnp.zeros((num_experts, dim_out), jnp.float32)
            if with_bias else None)
-  zeros = manual.like(zeros, x_MD, dy_MF, group_sizes_E)
+  zeros = vma.like(zeros, x_MD, dy_MF, group_sizes_E)
   return lax.fori_loop(0, used, body, zeros)
 
 

@@ -13,7 +13,6 @@ Inside, arrays are B K G T H: one matmul serves all query heads of a key head.
 import functools
 import typing
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 

@@ -10,7 +10,7 @@ import pytest
 
 import jaxlm
 from jaxlm.convert import files, formats, native, openai, shards
-from jaxlm.convert.checkpoint import (Checkpoint, leaf_shapes, named_leaves)
+from jaxlm.convert.checkpoint import Checkpoint, leaf_shapes
 from jaxlm.convert.tensors import cast, of_array
 from pallas_kernels.quant import MXFP4
 from reference_models import shrink

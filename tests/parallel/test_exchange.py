@@ -16,6 +16,7 @@ from jaxlm.model.transformer import Execution
 from jaxlm.parallel import exchange, mesh
 from jaxlm.parallel.rounds import sum_of_rounds
 from jaxlm.parallel.schemes import choose_scheme, costs, torus
+from pallas_kernels import vma
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -52,7 +53,7 @@ def exchanged(kind, start, size, x_SMD, counts_SE):
     trip = exchange.Trip(*(x[me] for x in parts),
                          *(x.reshape(-1) for x in parts.of_shard(me, SHARDS)))
     came, weight_R = there(x_MD, jnp.sin(x_MD[:, 3]))
-    return jax.tree.map(lambda x: mesh.vary(x[None], ["expert"]), (
+    return jax.tree.map(lambda x: vma.vary(x[None], ["expert"]), (
         came, weight_R, back(2 * came, len(x_MD)), sizes, trip))
   with_expert = P(exchange.AXIS)
   return mesh.manual(local, (with_expert, P()), with_expert)(x_SMD, counts_SE)

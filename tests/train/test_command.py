@@ -1,7 +1,6 @@
 """`python -m jaxlm.train`, in this process."""
 import json
 
-import jax
 import pytest
 
 from jaxlm.config_dict import to_dict
