@@ -53,7 +53,11 @@ def check(config: ModelConfig, training: bool) -> None:
     raise ValueError(f"stage={stages} and tensor={mesh.axis_size('tensor')}: "
                      "gates and what they gate lie side by side in this "
                      "model's feed-forwards; use stage=1 or tensor=1")
-  noisy = config.moe and config.moe.router.kind == "noisy_topk"
+  router = config.moe and config.moe.router.kind
+  if router == "expert_choice":
+    raise ValueError(f"stage={stages}: router.kind='expert_choice' chooses "
+                     "from a whole batch, not from microbatches; use stage=1")
+  noisy = router == "noisy_topk"
   if training and (config.dropout or noisy):
     raise ValueError(f"stage={stages}: dropout and noise of routers would not "
                      "be what they are without; use stage=1")

@@ -13,8 +13,8 @@ from jaxlm.config import ModelConfig
 from jaxlm.config_dict import from_dict, to_dict
 from jaxlm.data import build_dataset
 from jaxlm.model.transformer import REMAT_POLICIES, Execution
-from jaxlm.parallel import multihost
-from jaxlm.parallel.mesh import parse_mesh
+from jaxlm.parallel import multihost, pipeline
+from jaxlm.parallel.mesh import make_mesh, parse_mesh
 from jaxlm.train.checkpoint import CheckpointError
 from jaxlm.train.loop import Diverged, train
 from jaxlm.train.memory import keep_freed_memory
@@ -132,6 +132,8 @@ def _add_where(parser):
   group.add_argument("--mesh", metavar="AXIS=SIZE,...", type=_mesh,
                      help="how devices share the work, such as "
                      "data=2,expert=4 (default: all data)")
+  number("--microbatches", default=0,
+         help="of a batch that goes through stages (0: up to four for each)")
   group.add_argument("--coordinator", metavar="HOST:PORT",
                      help="of process 0; with the two that follow")
   number("--num-processes")
@@ -181,7 +183,8 @@ def _train_config(args) -> TrainConfig:
       "steps", "batch_size", "seq_len", "accumulate", "eval_every",
       "eval_batches", "log_every", "checkpoint_every", "keep", "keep_best")}
   return TrainConfig(
-      **same, execution=Execution(dtype=args.dtype, remat=args.remat),
+      **same, execution=Execution(dtype=args.dtype, remat=args.remat,
+                                  microbatches=args.microbatches),
       optimizer=OptimizerConfig(
           name=args.optimizer, learning_rate=args.learning_rate,
           schedule=args.schedule, warmup_steps=args.warmup_steps))
@@ -204,10 +207,21 @@ def _train(args):
                        max_bytes=args.max_bytes)
   _say(f"{args.preset or args.config}: {jax.device_count()} devices of "
        f"{jax.process_count()} processes, mesh {mesh or 'none'}")
+  if mesh and mesh.get("stage", 1) > 1:
+    _say_bubble(config, mesh)
   [result] = train(model, config, data, workdir, seeds=(args.seed,), mesh=mesh,
                    on_step=functools.partial(_report, config))
   _say(f"done: held-out loss {result.eval_loss:.4f} nats a token, "
        f"{result.bits_per_byte:.4f} bits a byte")
+
+
+def _say_bubble(config: TrainConfig, mesh: dict[str, int]) -> None:
+  with jax.set_mesh(make_mesh(mesh)):
+    microbatches = pipeline.choose_microbatches(
+        config.batch_size // config.accumulate, config.execution.microbatches)
+  idle = pipeline.bubble(mesh["stage"], microbatches)
+  _say(f"{mesh['stage']} stages, {microbatches} microbatches: each stage is "
+       f"idle {idle:.0%} of the time")
 
 
 def _report(config, step, metrics):

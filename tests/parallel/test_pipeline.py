@@ -89,6 +89,8 @@ def test_microbatches_that_do_not_divide_are_refused():
     (dict(num_layers=5, layer_pattern=("sliding", "full")), "in 2 runs"),
     (dict(num_layers=6), "layers=3 does not divide .*stage=4: use 1 or 3"),
     (dict(moe=None, mlp=MLPConfig(20)), "gates and what they gate lie side"),
+    (dict(moe=dataclasses.replace(MOE.moe, router=RouterConfig(
+        "expert_choice"))), "chooses from a whole batch"),
 ])
 def test_layers_that_do_not_divide_are_refused(changes, message):
   config = dataclasses.replace(MOE, **changes)
