@@ -1,4 +1,5 @@
 """Fixtures: what a function computes, seen by its jaxpr; quick compiling."""
+import collections
 import functools
 import math
 import os
@@ -113,6 +114,15 @@ def executed_flops():
     closed = jax.make_jaxpr(function)(*args)
     return int(jax.jit(lambda *args: _run(closed, list(args), 0)[1])(
         *jax.tree.leaves(args)))
+  return count
+
+
+@pytest.fixture(scope="session")
+def primitives():
+  """`primitives(f, *args)`: how often f has each, a loop's body once."""
+  def count(function, *args):
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return collections.Counter(eqn.primitive.name for eqn in _equations(jaxpr))
   return count
 
 

@@ -72,9 +72,12 @@ class MLP(nn.Module):
     first, first_bias, down, down_bias = mlp_weights(
         self, config, x_BTD.shape[-1], self.residual_scale)
     axes = "embed", "mlp"
-    halves = (config.gated and not config.interleaved
+    # Of gates and of what they gate each device of `tensor` wants its part, not
+    # columns of one of both. Weights that are gathered are put in that order
+    # before; where they are resident, h is.
+    halves = (self.fsdp and config.gated and not config.interleaved
               and mesh.axis_size("tensor") > 1)
-    if halves:  # of either of which each device wants its part
+    if halves:
       axes = "embed", None, "mlp"
       first, first_bias = (None if x is None else
                            x.reshape(*x.shape[:-1], 2, config.d_ff)

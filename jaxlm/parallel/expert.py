@@ -77,7 +77,7 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
     y_TD, noisy = jax.tree.map(
         lambda x: x.reshape(*x_BTD.shape[:2], -1),
         (_settle(y_TD, split, axes), noisy_TE))
-    return y_TD, lax.psum(sums, tuple(split)), noisy
+    return y_TD, lax.psum(sums, _in_order(split)), noisy
 
   y_BTD, sums, noisy = mesh.manual(
       local, (tokens, tokens, P(), laid_out.specs), (tokens, P(), tokens))(
@@ -166,8 +166,13 @@ def _settle(y_TD, split: frozenset, axes: frozenset):
     first = functools.reduce(jnp.logical_and, (lax.axis_index(name) == 0
                                                for name in sorted(copies)))
     y_TD = jnp.where(first, y_TD, 0)
-  return lax.psum(y_TD, tuple(name for name in mesh.AXES
-                              if name in parts | copies))
+  return lax.psum(y_TD, _in_order(parts | copies))
+
+
+def _in_order(axes: frozenset) -> tuple[str, ...]:
+  """A set's own order is another in each process, all of which have to ask
+  for the same exchange."""
+  return tuple(name for name in mesh.AXES if name in axes)
 
 
 class _LaidOut(typing.NamedTuple):

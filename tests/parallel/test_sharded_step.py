@@ -1,5 +1,9 @@
 """A train step is the same on one device and on any mesh."""
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -135,3 +139,24 @@ def test_a_batch_that_does_not_divide_is_refused():
           jax.eval_shape(functools.partial(
               init_state, MODELS["gpt-oss"], train_config("gpt-oss")), 0),
           {k: v[:6] for k, v in batch().items()}, 0)
+
+
+def test_every_process_traces_the_same_program():
+  """Though sets of strings have another order in each."""
+  script = """if True:
+    import functools, hashlib, jax
+    from parallel.test_sharded_step import *
+    configs = MODELS["gpt-oss"], train_config("gpt-oss")
+    state = jax.eval_shape(functools.partial(init_state, *configs), 0)
+    with jax.set_mesh(mesh_lib.make_mesh({"data": 4, "expert": 2})):
+      text = jax.jit(functools.partial(train_step, *configs)).lower(
+          state, batch(), 0).as_text()
+    print(hashlib.sha256(text.encode()).hexdigest())
+  """
+  root = pathlib.Path(__file__).parents[2]
+  found = {subprocess.run(
+      [sys.executable, "-c", script], check=True, capture_output=True,
+      env=os.environ | {"PYTHONHASHSEED": seed, "JAX_NUM_CPU_DEVICES": "8",
+                        "PYTHONPATH": f"{root}:{root / 'tests'}"}).stdout
+      for seed in "1234"}
+  assert len(found) == 1
