@@ -75,22 +75,34 @@ def empty_cache(config: ModelConfig, batch: int, max_length: int,
     ValueError: under a mesh that the batch or the heads do not divide over,
       or that splits sequences.
   """
-  a, caches = config.attention, []
+  a = config.attention
   _check_mesh(batch, 0 if isinstance(a, MLAConfig) else a.num_kv_heads)
-  on_cpu = platforms.platform() == "cpu"
+  caches = []
+  for cache in abstract_cache(config, batch, max_length, dtype,
+                              platforms.platform()):
+    *keys, positions = (
+        mesh.shard(jnp.zeros(x.shape, x.dtype), *axes)
+        for x, axes in zip(cache, cache.logical_axes, strict=True))
+    caches.append(type(cache)(*keys, positions - 1))  # -1: no slot is taken
+  return caches
+
+
+def abstract_cache(config: ModelConfig, batch: int, max_length: int, dtype,
+                   platform: str) -> Cache:
+  """What `empty_cache` makes on "cpu", "gpu" or "tpu", as ShapeDtypeStructs."""
+  a, caches = config.attention, []
   for layer in config.layers:
     slots = cache_slots(config, layer.attention, max_length)
     if isinstance(a, MLAConfig):
       kind, shapes = LatentCache, [(slots, a.kv_rank + a.rope_head_dim)]
-    elif on_cpu:
+    elif platform == "cpu":
       kind, shapes = CPULayerCache, [(a.num_kv_heads, a.head_dim, slots),
                                      (a.num_kv_heads, slots, a.head_dim)]
     else:
       kind, shapes = LayerCache, 2 * [(slots, a.num_kv_heads * a.head_dim)]
-    leaves = [*(jnp.zeros((batch, *shape), dtype) for shape in shapes),
-              jnp.full((batch, slots), -1, jnp.int32)]
-    caches.append(kind(*(mesh.shard(x, *axes) for x, axes in
-                         zip(leaves, kind.logical_axes))))
+    caches.append(kind(
+        *(jax.ShapeDtypeStruct((batch, *shape), dtype) for shape in shapes),
+        jax.ShapeDtypeStruct((batch, slots), jnp.int32)))
   return caches
 
 

@@ -210,22 +210,25 @@ def _exchanged(x_TD, routing, weights, plan: Plan, rounds, parts, by):
 
 
 def _ragged_all_to_all(x_TD, routing, counts_SE, weights, plan: Plan):
-  rows_SD = _of_shards(counts_SE, plan)
-  rounds = -(-jnp.max(jnp.sum(rows_SD, 0)) // plan.size)
-  return _exchanged(
-      x_TD, routing, weights, plan, _agreed(rounds),
-      exchange.in_line(counts_SE, plan.shards), lambda i, parts:
-      exchange.by_slices(exchange.window(parts, i * plan.size, plan.size),
-                         plan.size))
+  rows_D = jnp.sum(_of_shards(counts_SE, plan), 0)
+  return _in_windows(x_TD, routing, weights, plan, jnp.max(rows_D),
+                     exchange.in_line(counts_SE, plan.shards),
+                     exchange.by_slices)
 
 
 def _all_to_all(x_TD, routing, counts_SE, weights, plan: Plan):
-  rounds = -(-jnp.max(_of_shards(counts_SE, plan)) // plan.size)
+  rows_SD = _of_shards(counts_SE, plan)
+  return _in_windows(x_TD, routing, weights, plan, jnp.max(rows_SD),
+                     exchange.in_blocks(counts_SE, plan.shards),
+                     exchange.by_slots)
+
+
+def _in_windows(x_TD, routing, weights, plan: Plan, places, parts, by):
+  """Exchanges what goes to so many places, a round's after a round's."""
   return _exchanged(
-      x_TD, routing, weights, plan, _agreed(rounds),
-      exchange.in_blocks(counts_SE, plan.shards), lambda i, parts:
-      exchange.by_slots(exchange.window(parts, i * plan.size, plan.size),
-                        plan.size))
+      x_TD, routing, weights, plan, _agreed(-(-places // plan.size)), parts,
+      lambda i, parts: by(exchange.window(parts, i * plan.size, plan.size),
+                          plan.size))
 
 
 def _capacity(x_TD, routing, counts_SE, weights, plan: Plan):

@@ -179,7 +179,6 @@ class _LaidOut(typing.NamedTuple):
   """Experts' weights as they enter `manual`, and how they are split.
 
   whole: matrices are, experts over `expert` and `tensor` together.
-  halves: the first matrix is [E, D, 2, F], of gates and of what they gate.
   gathered: where they are used, along axis 1 and axis 2.
   """
   arrays: tuple

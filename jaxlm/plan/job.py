@@ -7,8 +7,8 @@ import typing
 
 import jax
 
-from jaxlm.config import MLAConfig, ModelConfig
-from jaxlm.model.cache import LatentCache, LayerCache, cache_slots
+from jaxlm.config import ModelConfig
+from jaxlm.model.cache import abstract_cache
 from jaxlm.model.transformer import Execution, abstract_params, per_layer
 from jaxlm.parallel.mesh import AXES, RULES
 from jaxlm.plan.devices import Slice
@@ -140,7 +140,7 @@ def _abstract_state(config, task, weights, batch, seq, train_config):
   params = jax.eval_shape(functools.partial(per_layer, config),
                           abstract_params(config))
   return State(_serving(config, params, weights), None,
-               abstract_cache(config, batch, seq))
+               abstract_cache(config, batch, seq, "bfloat16", "tpu"))
 
 
 def train_state(state: State) -> TrainState:
@@ -160,19 +160,3 @@ def _serving(config, params, weights: str):
   params = jax.tree.map_with_path(visit, params)
   return jax.eval_shape(
       lambda params: relayout(config, params, "tpu"), params)
-
-
-def abstract_cache(config: ModelConfig, batch: int, length: int):
-  """What `empty_cache` makes on a TPU, in bfloat16."""
-  a, caches = config.attention, []
-  struct = jax.ShapeDtypeStruct
-  for layer in config.layers:
-    slots = cache_slots(config, layer.attention, length)
-    positions = struct((batch, slots), "int32")
-    if isinstance(a, MLAConfig):
-      shape = (batch, slots, a.kv_rank + a.rope_head_dim)
-      caches.append(LatentCache(struct(shape, "bfloat16"), positions))
-    else:
-      row = struct((batch, slots, a.num_kv_heads * a.head_dim), "bfloat16")
-      caches.append(LayerCache(row, row, positions))
-  return caches

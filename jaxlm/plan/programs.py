@@ -10,7 +10,6 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxlm.decode.generate import CHUNK, State as Decoding, decode, prefill
 from jaxlm.decode.sampling import Sampling
-from jaxlm.model.cache import LatentCache
 from jaxlm.parallel import mesh as mesh_lib
 from jaxlm.parallel.params import shardings, with_shardings
 from jaxlm.plan.devices import Slice
@@ -80,14 +79,9 @@ def split(job: Job, mesh) -> State:
 
 
 def _cache_shardings(cache, mesh):
-  named = functools.partial(mesh_lib.named_sharding, mesh)
-  rows = ("batch", None)
-  if isinstance(cache, LatentCache):
-    return cache._replace(
-        key_BSR=named("cache", cache.key_BSR.shape, (*rows, None)),
-        positions_BS=named("cache", cache.positions_BS.shape, rows))
-  kv = named("cache", cache.k_BSI.shape, (*rows, "kv_heads"))
-  return type(cache)(kv, kv, named("cache", cache.positions_BS.shape, rows))
+  return type(cache)(*(
+      mesh_lib.named_sharding(mesh, "cache", x.shape, axes)
+      for x, axes in zip(cache, cache.logical_axes, strict=True)))
 
 
 def bytes_by_kind(job: Job, mesh) -> dict[str, int]:

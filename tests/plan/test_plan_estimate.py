@@ -9,7 +9,8 @@ from jaxlm.model import cache as cache_lib
 from jaxlm.model.costs import cache_bytes, parameter_counts
 from jaxlm.plan import bounds, devices, programs, search
 from jaxlm.plan.estimate import estimate
-from jaxlm.plan.job import abstract_cache, make_job
+from jaxlm.model.cache import abstract_cache
+from jaxlm.plan.job import make_job
 from pallas_kernels import platforms
 
 
@@ -66,7 +67,8 @@ def test_the_cache_is_a_tpus(model, monkeypatch):
   made = jax.eval_shape(
       lambda: cache_lib.empty_cache(config, 3, 300, "bfloat16"))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
-      lambda x: (x.shape, x.dtype), abstract_cache(config, 3, 300))
+      lambda x: (x.shape, x.dtype), abstract_cache(
+          config, 3, 300, "bfloat16", "tpu"))
 
 
 def test_more_devices_need_less_of_each():
