@@ -23,6 +23,12 @@ METRICS = {
     "eval_loss": Metric("held-out loss", "nats/token", True, "seeds", False),
     "bits_per_byte": Metric("bits per byte", "bits/byte", True, "seeds", False),
     "max_vio": Metric("MaxVio", "", True, "seeds", False),
+    "late_loss": Metric("loss of the last quarter of a sequence", "nats/token",
+                        True, "seeds", False),
+    "long_loss": Metric("loss past the training length", "nats/token", True,
+                        "seeds", False),
+    "first_token_mass": Metric("attention on the first token", "", True,
+                               "seeds", False),
     "tokens_per_second": Metric(
         "training speed", "tokens/s", False, "seeds", True),
     "prefill_tokens_per_second": Metric(

@@ -1,5 +1,6 @@
 """From a config and its design to what is trained and what is reported."""
 import dataclasses
+import hashlib
 import json
 
 from flax import traverse_util
@@ -36,17 +37,45 @@ def check(config) -> None:
     raise ValueError(
         f"learning_rate.base={rates.base} and learning_rate.reference_d_model="
         f"{rates.reference_d_model}: must be positive")
+  if config.data.train_tokens < 0:
+    raise ValueError(f"data.train_tokens={config.data.train_tokens}: must not "
+                     "be negative")
   for name, value in config.speed.items():
     if not value > 0:
       raise ValueError(f"speed.{name}={value}: must be positive")
 
 
+def arm_configs(config, design: Design) -> dict:
+  """By arm the config with what is otherwise for it.
+
+  Raises:
+    ValueError: an arm's overrides name what the config has not.
+  """
+  configs = {}
+  for arm in design.models:
+    configs[arm] = own = config.copy_and_resolve_references()
+    changes = design.overrides.get(arm, {})
+    if unknown := set(changes) - set(ARMS_OWN):
+      raise ValueError(f"overrides of arm {arm!r} change {sorted(unknown)}: "
+                       f"arms may differ in {ARMS_OWN}")
+    try:
+      own.update(changes)
+    except (KeyError, TypeError) as error:
+      raise ValueError(f"overrides of arm {arm!r}: {error}") from error
+  return configs
+
+
+# Sections of the config in which arms may differ.
+ARMS_OWN = ("data", "train", "optimizer", "balancing")
+
+
 def train_config(config, model: ModelConfig, learning_rate: float,
                  steps: int | None = None) -> TrainConfig:
-  """How an arm is trained."""
+  """How an arm is trained, by its own config."""
   train = config.train.to_dict()
   execution = Execution(**{
-      name: train.pop(name) for name in ("dtype", "remat", "scan_layers")})
+      name: train.pop(name)
+      for name in ("dtype", "remat", "scan_layers", "simulate")})
   train["steps"] = steps or train["steps"]
   return TrainConfig(
       **train, execution=execution,
@@ -55,12 +84,14 @@ def train_config(config, model: ModelConfig, learning_rate: float,
       balancing=Balancing(**config.balancing) if model.moe else Balancing())
 
 
-def rule(config, models: dict[str, ModelConfig]) -> dict[str, float]:
+def rule(configs: dict, models: dict[str, ModelConfig]) -> dict[str, float]:
   """Each arm's learning rate by `learning_rate.method` "rule"."""
-  rates = config.learning_rate
-  return {
-      arm: rates.base * (rates.reference_d_model / model.d_model)
-      ** rates.exponent for arm, model in models.items()}
+  return {arm: _rule(configs[arm].learning_rate, model.d_model)
+          for arm, model in models.items()}
+
+
+def _rule(rates, d_model: int) -> float:
+  return rates.base * (rates.reference_d_model / d_model) ** rates.exponent
 
 
 def explain_rates(config, rates: dict[str, float]) -> str:
@@ -81,14 +112,30 @@ def explain_rates(config, rates: dict[str, float]) -> str:
   return text
 
 
-def describe_data(data: DataBundle) -> str:
+def describe_data(data: dict[str, DataBundle]) -> str:
+  """Of each arm's; once, where all have the same."""
+  by_text = {}
+  for arm, bundle in data.items():
+    by_text.setdefault(_describe_data(bundle), []).append(arm)
+  if len(by_text) == 1:
+    return next(iter(by_text))
+  return " ".join(f"{', '.join(arms)}: {text}"
+                  for text, arms in by_text.items())
+
+
+def _describe_data(data: DataBundle) -> str:
   about = data.description
   train, heldout = about["train"], about["heldout"]
   return (
       f"{about['source']} (content {about['content_hash']}), tokenizer "
       f"{about['tokenizer']}. {train['bytes']:,} bytes in {train['files']:,} "
-      f"files to train on; {heldout['bytes']:,} bytes in {heldout['files']:,} "
-      "other files held out.")
+      f"files to train on"
+      + (f", of which {len(data.train.stream):,} tokens are used"
+         if len(data.train.stream) < train["tokens"] else "")
+      + f"; {heldout['bytes']:,} bytes in {heldout['files']:,} other files "
+      "held out."
+      + (" Every row begins with an end-of-document."
+         if about.get("first_token") else ""))
 
 
 def ablation(config, design: Design, name: str, rates: dict[str, float],
@@ -106,17 +153,19 @@ def ablation(config, design: Design, name: str, rates: dict[str, float],
       "weight_decay": config.optimizer.weight_decay, "dtype": train.dtype,
       "seeds together": "yes" if config.together else "no"}
   shown |= {f"{loss} loss": weight for loss, weight in config.balancing.items()
-            if weight}
+            if weight and loss not in ("bias_rule", "bias_rate")}
+  identities = arm_identities(config, design)
   return Ablation(
       name=name, question=design.question, budget=config.budget,
       seeds=config.seeds, baseline=design.baseline,
       arms=[Arm(arm, design.descriptions[arm],
-                quantities(found.config, train.seq_len), rates[arm])
+                quantities(found.config, train.seq_len), rates[arm],
+                identities[arm])
             for arm, found in design.solutions.items()],
       held_equal=held_equal, not_held=not_held,
       learning_rate_rule=explain_rates(config, rates), data=data, train=shown,
       claims=design.claims, versions=environment.versions(),
-      hardware=environment.hardware(), command=command)
+      hardware=environment.hardware(), command=command, trend=design.trend)
 
 
 def quantities(model: ModelConfig, seq_len: int) -> dict[str, float]:
@@ -148,8 +197,26 @@ def identity(config, design: Design) -> dict:
   return traverse_util.flatten_dict(json.loads(json.dumps({
       "config": config.to_dict(),
       "arms": {arm: to_dict(model) for arm, model in design.models.items()},
+      "overrides": design.overrides,
+      "measurements": design.measurements,
       "claims": [dataclasses.asdict(claim) for claim in design.claims],
   })), sep=".")
+
+
+def arm_identities(config, design: Design) -> dict[str, str]:
+  """By arm a hash of all that decides its results but the seed and the code.
+
+  A row of results whose arm has another one today is stale.
+  """
+  configs, hashes = arm_configs(config, design), {}
+  for arm, model in design.models.items():
+    own = configs[arm].to_dict()
+    decisive = json.dumps(
+        [to_dict(model), own["data"], own["train"], own["optimizer"],
+         own["balancing"] if model.moe else None, own["learning_rate"],
+         design.measurements], sort_keys=True)
+    hashes[arm] = hashlib.sha256(decisive.encode()).hexdigest()[:16]
+  return hashes
 
 
 def differences(before: dict, now: dict) -> list[str]:

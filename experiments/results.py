@@ -20,12 +20,14 @@ import re
 import tempfile
 
 from experiments.claims import Claim
+from experiments.scaling import Trend
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One architecture of the ablation.
+  """One architecture of the ablation, or one way to train it.
 
+  identity: a hash of all that decides its results but the seed and the code.
   quantities: what describes it, by name. `total_params`, `active_params` and
     `flops_per_token` are required; dimensions (num_layers, d_model,
     num_experts, ...) follow in the order in which the report shows them.
@@ -34,6 +36,7 @@ class Arm:
   description: str
   quantities: dict[str, float]
   learning_rate: float
+  identity: str = ""
 
   def __post_init__(self):
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -69,6 +72,7 @@ class Ablation:
   question: one sentence. budget: its name ("minute", "laptop", "gpu").
   train: steps, batch_size, seq_len, tokens (of one run) are required; more
     entries are shown as they are. learning_rate_rule, data, command: text.
+  trend: a law to fit, if any.
   versions: python, jax, flax, optax, commit, ... hardware: device, cores, ...
   """
   name: str
@@ -86,6 +90,7 @@ class Ablation:
   versions: dict[str, str]
   hardware: dict[str, str | int]
   command: str
+  trend: Trend | None = None
 
   def __post_init__(self):
     for field in ("seeds", "arms", "held_equal", "not_held", "claims"):
@@ -128,6 +133,8 @@ class Run:
   """How one arm ended with one seed.
 
   tokens_per_second: median over the training steps, compilation excluded.
+  measured: further numbers, by the name of their metric; series: points (x, y)
+    by what they show (`experiments.measurements`).
   failure: why the run has no result ("loss is nan at step 120"); the other
     fields are then None. A failed run is reported and not compared.
   """
@@ -135,6 +142,9 @@ class Run:
   bits_per_byte: float | None = None
   tokens_per_second: float | None = None
   router: Router | None = None
+  measured: dict[str, float] = dataclasses.field(default_factory=dict)
+  series: dict[str, list[list[float]]] = dataclasses.field(
+      default_factory=dict)
   failure: str = ""
 
   def __post_init__(self):
@@ -149,12 +159,12 @@ class Run:
             f"{name}={value} of a finished run must be a finite number; for a "
             "run that diverged write failure='...' instead")
 
-  @property
-  def max_vio(self) -> float | None:
-    """Mean over the MoE layers."""
-    if self.router is None:
-      return None
-    return sum(self.router.max_vio) / len(self.router.max_vio)
+  def value(self, metric: str) -> float | None:
+    """What was measured of a metric; MaxVio is the mean of the MoE layers."""
+    if metric == "max_vio":
+      return self.router and (
+          sum(self.router.max_vio) / len(self.router.max_vio))
+    return self.measured.get(metric, getattr(self, metric, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,13 +241,18 @@ def read_ablation(workdir) -> Ablation:
     raise ValueError(
         f"{workdir} is no ablation: it has no ablation.json; give the "
         "directory that was the runner's --workdir")
-  def build(arms, held_equal, not_held, claims, **fields):
-    return Ablation(
-        arms=[Arm(**arm) for arm in arms],
-        held_equal=[Held(**held) for held in held_equal],
-        not_held=[Held(**held) for held in not_held],
-        claims=[Claim(**claim) for claim in claims], **fields)
-  return _read(path, build)
+  return _read(path, as_ablation)
+
+
+def as_ablation(*, arms, held_equal, not_held, claims, trend=None,
+                **fields) -> Ablation:
+  """From what `dataclasses.asdict` made of one."""
+  return Ablation(
+      arms=[Arm(**arm) for arm in arms],
+      held_equal=[Held(**held) for held in held_equal],
+      not_held=[Held(**held) for held in not_held],
+      claims=[Claim(**claim) for claim in claims],
+      trend=trend and Trend(**trend), **fields)
 
 
 def read_run(workdir, arm: str, seed: int) -> Run | None:

@@ -16,14 +16,16 @@ import shutil
 import rich.console
 
 from experiments import environment
+from experiments import measurements
 from experiments import plan
 from experiments import report
 from experiments import results
 from experiments import speed
 from experiments.design import Design
 from experiments.progress import Job, Progress
-from jaxlm.data import build_dataset
+from jaxlm.data import build_dataset, DataBundle
 from jaxlm.train import Diverged, train, TrainResult
+from jaxlm.train.step import check_together
 
 
 def run(name: str, config, design: Design, workdir, *, command: str = "",
@@ -54,12 +56,17 @@ class _Runner:
     self.name, self.config, self.design = name, config, design
     self.workdir, self.command, self.console = workdir, command, console
     self.models = design.models
+    self.configs = plan.arm_configs(config, design)
     # Whatever is wrong with the config shows before anything is written.
+    measurements.check(design.measurements)
     for arm, model in self.models.items():
-      plan.train_config(config, model, 1.0)
+      check_together(model, self._train_config(arm, 1.0))
       if config.learning_rate.method == "grid":
-        plan.train_config(config, model, 1.0, config.learning_rate.steps)
+        self._train_config(arm, 1.0, config.learning_rate.steps)
     plan.ablation(config, design, name, dict.fromkeys(self.models, 1.0), "", "")
+
+  def _train_config(self, arm, rate, steps=None):
+    return plan.train_config(self.configs[arm], self.models[arm], rate, steps)
 
   def run(self) -> None:
     identity = plan.identity(self.config, self.design)
@@ -68,17 +75,12 @@ class _Runner:
     with Progress(self.console, [*tuning, *runs]) as progress:
       self.progress = progress
       with progress.stage("reading data"):
-        options = self.config.data
-        self.data = build_dataset(
-            options.source, options.tokenizer, self.config.train.seq_len,
-            heldout_fraction=options.heldout_fraction,
-            max_bytes=options.max_bytes or None)
+        self.data = read_data(self.configs)
       results.write_bytes(self.workdir / "config.json",
                           f"{json.dumps(identity, indent=1)}\n".encode())
       rates = self._learning_rates(tuning)
-      self.train_configs = {
-          arm: plan.train_config(self.config, model, rates[arm])
-          for arm, model in self.models.items()}
+      self.train_configs = {arm: self._train_config(arm, rates[arm])
+                            for arm in self.models}
       self._write_plan(rates)
       for job, (arm, seeds) in runs.items():
         self._finish(job, arm, seeds)
@@ -96,11 +98,11 @@ class _Runner:
     jobs = {}
     for seeds in groups:
       for arm, model in self.models.items():
-        steps = config.train.steps
+        steps = self.configs[arm].train.steps
         label = f"{arm}  seed{'s' * (len(seeds) > 1)} " + ", ".join(
             map(str, seeds))
         jobs[Job(arm, label, steps, plan.run_flops(
-            config, model, steps, len(seeds)))] = arm, seeds
+            self.configs[arm], model, steps, len(seeds)))] = arm, seeds
     return jobs
 
   def _finish(self, job: Job, arm: str, seeds: tuple[int, ...]) -> None:
@@ -117,8 +119,8 @@ class _Runner:
   def _train(self, arm, seeds, directory, on_step) -> None:
     """Trains and writes a Run for each seed."""
     try:
-      found = train(self.models[arm], self.train_configs[arm], self.data,
-                    directory, seeds=seeds, on_step=on_step)
+      found = train(self.models[arm], self.train_configs[arm],
+                    self.data[arm], directory, seeds=seeds, on_step=on_step)
     except Diverged as error:
       if len(seeds) == 1:
         self.progress.print(f"{arm}, seed {seeds[0]} failed: {error}")
@@ -130,7 +132,11 @@ class _Runner:
           self._train(arm, (seed,), directory, on_step)
       return
     for result in found:
-      self._write_run(arm, result.seed, _as_run(result))
+      measured = measurements.measure(
+          self.design.measurements, self.models[arm], self.train_configs[arm],
+          self.data[arm], result)
+      self._write_run(arm, result.seed, dataclasses.replace(
+          _as_run(result), measured=measured.values, series=measured.series))
 
   def _write_run(self, arm, seed, run) -> None:
     results.write(results.run_path(self.workdir, arm, seed), run)
@@ -142,14 +148,14 @@ class _Runner:
     steps = config.learning_rate.steps
     return {
         Job(arm, f"{arm}  tuning, learning rate {rate:g}", steps,
-            plan.run_flops(config, model, steps)): (arm, rate)
+            plan.run_flops(self.configs[arm], model, steps)): (arm, rate)
         for arm, model in self.models.items()
         for rate in config.learning_rate.grid}
 
   def _learning_rates(self, jobs) -> dict[str, float]:
     """By rule, or of each arm's runs over the grid the best."""
     if not jobs:
-      return plan.rule(self.config, self.models)
+      return plan.rule(self.configs, self.models)
     losses = {arm: {} for arm in self.models}
     for job, (arm, rate) in jobs.items():
       losses[arm][rate] = self._tune(job, arm, rate)
@@ -171,8 +177,8 @@ class _Runner:
       with self.progress.running(job) as on_step:
         try:
           result, = train(
-              model, plan.train_config(self.config, model, rate, options.steps),
-              self.data, directory.parent, seeds=(options.seed,),
+              model, self._train_config(arm, rate, options.steps),
+              self.data[arm], directory.parent, seeds=(options.seed,),
               on_step=on_step)
           found = _as_run(result)
         except Diverged as error:
@@ -197,6 +203,28 @@ class _Runner:
                             **self.config.speed)
     for arm, measured in found.items():
       results.write(results.speed_path(self.workdir, arm), measured)
+
+
+def read_data(configs: dict) -> dict[str, DataBundle]:
+  """Each arm's text; arms that read the same share it."""
+  bundles, found = {}, {}
+  for arm, config in configs.items():
+    key = json.dumps([config.data.to_dict(), config.train.seq_len])
+    if key not in bundles:
+      bundles[key] = _read_data(config.data, config.train.seq_len)
+    found[arm] = bundles[key]
+  return found
+
+
+def _read_data(options, seq_len: int) -> DataBundle:
+  data = build_dataset(
+      options.source, options.tokenizer, seq_len,
+      heldout_fraction=options.heldout_fraction,
+      max_bytes=options.max_bytes or None, first_token=options.first_token)
+  if options.train_tokens:
+    data = dataclasses.replace(data, train=data.train.first(
+        options.train_tokens))
+  return data
 
 
 def refuse_other(workdir: pathlib.Path, identity: dict) -> None:

@@ -108,7 +108,7 @@ def values(results: Results, arm: str, metric: str, seeds=()) -> list[float]:
   if source == "seeds":
     runs = results.runs[arm]
     found = [
-        getattr(runs[seed], metric) for seed in seeds
+        runs[seed].value(metric) for seed in seeds
         if seed in runs and not runs[seed].failure]
     return [value for value in found if value is not None]
   value = getattr(results.speeds[arm], metric)

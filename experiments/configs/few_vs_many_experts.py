@@ -10,7 +10,8 @@ from experiments import design
 from experiments.claims import Claim
 
 MODEL = {
-    "arms": ("8of1", "16of2", "32of4", "64of8", "128of8", "32of4_shared"),
+    "arms": ("8of1", "16of2", "32of4", "64of8", "128of16", "128of8",
+             "32of4_shared", "64of8_shared"),
     "baseline": "32of4",
     "total_params": 410e3, "active_params": 75e3, "num_layers": 2,
     "vocab_size": 260, "head_dim": 16, "num_kv_heads": 1,
@@ -21,38 +22,15 @@ MODEL = {
     "slack": 0.05,
 }
 BUDGETS = {
-    # About a minute on 2 cores, most of it compilation.
-    "minute": {
-        "seeds": (0, 1), "data": {"max_bytes": 2_000_000},
-        "model": {"arms": ("8of1", "16of2", "16of2_shared"),
-                  "baseline": "16of2"},
-        "train": {"steps": 30, "batch_size": 4, "eval_batches": 4,
-                  "log_every": 5, "eval_every": 15},
-        "optimizer": {"warmup_steps": 5},
-        "learning_rate": {"base": 6e-3, "reference_d_model": 48},
-        "speed": {"repeats": 3, "seconds": 0.05, "new_tokens": 32}},
-    # About ten minutes on 2 cores.
-    "laptop": {
-        "train": {"steps": 180, "eval_every": 36, "checkpoint_every": 50},
-        "learning_rate": {"base": 6e-3, "reference_d_model": 48}},
-    # 25 minutes on one large GPU, by arithmetic and not yet by measurement:
-    # 7 arms of 5 seeds, 16 M tokens each, at 25 MFLOP a token are 1.4e16 FLOP,
-    # 20 minutes at 12 TFLOP/s, about 1 % of what such a GPU can do in bfloat16;
-    # five minutes remain for compiling.
-    "gpu": {
-        "together": True,
-        "model": {
-            "arms": ("8of1", "16of2", "32of4", "64of8", "128of8",
-                     "32of4_shared", "64of8_shared"),
-            "total_params": 20e6, "active_params": 3.6e6, "num_layers": 8,
-            "head_dim": 32, "num_kv_heads": 2, "d_model": 224,
-            "d_expert": 420, "dimension_step": 4},
-        "train": {"steps": 1000, "batch_size": 32, "seq_len": 512,
-                  "dtype": "bfloat16", "eval_every": 200, "eval_batches": 32,
-                  "checkpoint_every": 250},
-        "optimizer": {"warmup_steps": 100},
-        "learning_rate": {"base": 3e-3, "reference_d_model": 224},
-        "speed": {"prompt_tokens": 512}},
+    "minute": {"model": {"arms": ("8of1", "16of2", "16of2_shared"),
+                         "baseline": "16of2"}},
+    "laptop": {},
+    "gpu": {"model": {
+        "arms": ("8of1", "16of2", "32of4", "64of8", "128of16", "128of8",
+                 "32of4_shared", "64of8_shared"),
+        "total_params": 20e6, "active_params": 3.6e6, "num_layers": 8,
+        "head_dim": 32, "num_kv_heads": 2, "d_model": 224, "d_expert": 420,
+        "dimension_step": 4}},
 }
 
 

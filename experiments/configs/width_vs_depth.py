@@ -8,7 +8,7 @@ from experiments import design
 from experiments.claims import Claim
 
 MODEL = {
-    "moe_depths": (2, 4, 8), "dense_depths": (2, 8),
+    "moe_depths": (1, 2, 3, 4, 6), "dense_depths": (1, 2, 3, 4, 6),
     "total_params": 375e3, "active_params": 122e3,
     "num_experts": 8, "experts_per_token": 2,
     "vocab_size": 260, "head_dim": 16, "num_kv_heads": 1,
@@ -20,37 +20,14 @@ MODEL = {
     "slack": 0.05,
 }
 BUDGETS = {
-    # About a minute on 2 cores, most of it compilation.
-    "minute": {
-        "seeds": (0, 1), "data": {"max_bytes": 2_000_000},
-        "model": {"moe_depths": (2, 4), "dense_depths": (2,)},
-        "train": {"steps": 30, "batch_size": 4, "eval_batches": 4,
-                  "log_every": 5, "eval_every": 15},
-        "optimizer": {"warmup_steps": 5},
-        "learning_rate": {"base": 6e-3, "reference_d_model": 48},
-        "speed": {"repeats": 3, "seconds": 0.05, "new_tokens": 32}},
-    # About ten minutes on 2 cores.
-    "laptop": {
-        "train": {"steps": 130, "eval_every": 26, "checkpoint_every": 50},
-        "learning_rate": {"base": 6e-3, "reference_d_model": 48}},
-    # 25 minutes on one large GPU, by arithmetic and not yet by measurement:
-    # 8 arms of 5 seeds, 15 M tokens each, at 25 MFLOP a token are 1.5e16 FLOP,
-    # 20 minutes at 12 TFLOP/s, about 1 % of what such a GPU can do in bfloat16;
-    # five minutes remain for compiling.
-    "gpu": {
-        "together": True,
-        "model": {
-            "moe_depths": (2, 4, 8, 16), "dense_depths": (2, 4, 8, 16),
-            "total_params": 20e6, "active_params": 3.6e6, "num_experts": 32,
-            "experts_per_token": 4, "head_dim": 32, "num_kv_heads": 2,
-            "reference_depth": 8, "d_model": 224, "d_expert": 110,
-            "dimension_step": 4, "slack": 0.02},
-        "train": {"steps": 900, "batch_size": 32, "seq_len": 512,
-                  "dtype": "bfloat16", "eval_every": 150, "eval_batches": 32,
-                  "checkpoint_every": 300},
-        "optimizer": {"warmup_steps": 100},
-        "learning_rate": {"base": 3e-3, "reference_d_model": 224},
-        "speed": {"prompt_tokens": 512}},
+    "minute": {"model": {"moe_depths": (2, 4), "dense_depths": (2,)}},
+    "laptop": {},
+    "gpu": {"model": {
+        "moe_depths": (2, 3, 4, 8, 16), "dense_depths": (2, 4, 8, 16),
+        "total_params": 20e6, "active_params": 3.6e6, "num_experts": 32,
+        "experts_per_token": 4, "head_dim": 32, "num_kv_heads": 2,
+        "reference_depth": 8, "d_model": 224, "d_expert": 110,
+        "dimension_step": 4, "slack": 0.02}},
 }
 
 

@@ -44,6 +44,14 @@ class Rows:
       digest.update(array)
     return digest.hexdigest()[:16]
 
+  def first(self, num_tokens: int) -> "Rows":
+    """The rows of the first so many tokens, or of all if there are fewer."""
+    if num_tokens < 2:
+      raise ValueError(f"num_tokens={num_tokens} must be at least 2")
+    return dataclasses.replace(
+        self, stream=self.stream[:num_tokens],
+        starts=self.starts[self.starts < num_tokens])
+
   def take(self, indices) -> Batch:
     """Rows by index.
 

@@ -43,8 +43,8 @@ def test_files_come_back_as_they_were_written(tmp_path):
   found = results.read_results(tmp_path)
   assert found.ablation == make_ablation()
   assert found.runs == {"coarse": {0: failed}, "fine": {1: run}}
-  assert found.runs["fine"][1].max_vio == 0.875
-  assert failed.max_vio is None
+  assert found.runs["fine"][1].value("max_vio") == 0.875
+  assert failed.value("max_vio") is None
   assert found.speeds == {"coarse": results.Speed(), "fine": speed}
   assert found.curves["fine"] == {0: [], 1: lines}
 
