@@ -123,18 +123,21 @@ class Layer(nn.Module):
     if context.key is not None:
       keys = jax.random.split(jax.random.fold_in(context.key, index), 3)
 
-    def norm(x, name):
+    def norm(x, name, *placements):
+      """x itself where norms are placed elsewhere."""
+      if config.norm.placement not in placements:
+        return x
       return Norm(config.norm, name=name)(x)
 
     def add(x, y, name, key):
-      if config.norm.placement == "pre_and_post":
-        y = norm(y, name)
-      return shard(x + dropout(y, config.dropout, key), *TOKENS)
+      y = dropout(norm(y, name, "pre_and_post"), config.dropout, key)
+      return shard(norm(x + y, name, "post"), *TOKENS)
 
+    read = "pre", "pre_and_post"
     y, cache = self._attention(residual_scale)(
-        norm(x_BTD, "attention_norm"), context, cache)
+        norm(x_BTD, "attention_norm", *read), context, cache)
     x_BTD = add(x_BTD, y, "attention_post_norm", keys[0])
-    y, router = norm(x_BTD, "mlp_norm"), None
+    y, router = norm(x_BTD, "mlp_norm", *read), None
     if self.kind.moe:
       y, router = MoE(config.moe, residual_scale, execution.experts,
                       execution.dispatch, execution.capacity_factor,
