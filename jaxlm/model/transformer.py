@@ -243,6 +243,9 @@ class Embedding(nn.Module):
 def make_context(config: ModelConfig, tokens_BT, positions_BT=None,
                  segment_ids_BT=None, key=None) -> Context:
   attention = config.attention
+  if config.max_positions and tokens_BT.shape[1] > config.max_positions:
+    raise ValueError(f"{tokens_BT.shape[1]} tokens, but the model has "
+                     f"{config.max_positions} learned positions")
   if positions_BT is None:
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
   if isinstance(attention, MLAConfig):
@@ -299,9 +302,6 @@ def forward(config: ModelConfig, params: dict, tokens_BT, *,
   Raises:
     ValueError: more tokens than learned positions.
   """
-  if config.max_positions and tokens_BT.shape[1] > config.max_positions:
-    raise ValueError(f"{tokens_BT.shape[1]} tokens, but the model has "
-                     f"{config.max_positions} learned positions")
   context = make_context(config, tokens_BT, positions_BT, segment_ids_BT, key)
   if axis_size("stage") > 1:
     return _forward_in_stages(config, params, tokens_BT, context, execution)
