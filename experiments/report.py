@@ -54,7 +54,7 @@ def write_report(workdir) -> tuple[pathlib.Path, pathlib.Path]:
   paths = []
   for suffix in ("html", "md"):
     path = workdir / f"report.{suffix}"
-    template = _environment().get_template(f"report.{suffix}")
+    template = jinja_environment().get_template(f"report.{suffix}")
     drawn = [
         {"name": name, "caption": caption,
          "svg": plots.svg(figure, name) if suffix == "html" else ""}
@@ -179,7 +179,7 @@ def _routers(results, analysis):
   return rows
 
 
-def _environment():
+def jinja_environment():
   environment = jinja2.Environment(
       loader=jinja2.FileSystemLoader(
           pathlib.Path(__file__).parent / "templates"),
