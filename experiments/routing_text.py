@@ -40,8 +40,9 @@ def show(seen: Seen, layer: int = 0, start: int = 0,
       f'<span style="{style};padding:0 4px">{expert}</span>'
       for expert, style in enumerate(styles[:-1]))
   return Fragment(
-      f'<div>first expert, layer {layer}: {legend}</div><pre style="white-space:'
-      f'pre-wrap;line-height:1.6;overflow-wrap:anywhere">{text}</pre>')
+      f"<div>first expert, layer {layer}: {legend}</div>"
+      '<pre style="white-space:pre-wrap;line-height:1.6;'
+      f'overflow-wrap:anywhere">{text}</pre>')
 
 
 def spans(seen: Seen, layer: int, start: int, stop: int | None,

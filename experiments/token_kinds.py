@@ -79,8 +79,8 @@ def kinds_of_tokens(found: Sequence[Piece], document: str,
 
 
 _BY_LETTERS = re.compile(
-    r"(?P<whitespace>\s+)|(?P<number>\d[\w.]*)|(?P<word>[^\W\d]\w*)|(?P<other>.)",
-    re.DOTALL)
+    r"(?P<whitespace>\s+)|(?P<number>\d[\w.]*)|(?P<word>[^\W\d]\w*)"
+    r"|(?P<other>.)", re.DOTALL)
 
 
 def _kinds_by_letters(text, names, renamed) -> np.ndarray:
