@@ -109,6 +109,12 @@ def solve(make: Callable[..., ModelConfig], free: dict[str, Collection[int]],
   return dataclasses.replace(best, achieved=measure(best.config, seq_len))
 
 
+def fixed(config: ModelConfig, seq_len: int) -> Solution:
+  """A model whose dimensions are given, for arms that share it: nothing is
+  solved."""
+  return Solution(config, {}, {}, measure(config, seq_len), {})
+
+
 def solve_arms(arms: dict[str, dict], **common) -> dict[str, Solution]:
   """`solve` for each arm, with its arguments and those common to all."""
   solutions = {}

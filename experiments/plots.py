@@ -36,6 +36,7 @@ def plots(results, analysis) -> list[tuple[str, str, Figure]]:
     made = (
         forest(results, analysis), curves(results, analysis),
         speeds(results, analysis), memory(results, analysis),
+        trend(results, analysis), *series(results, analysis),
         router_load(results, analysis))
   return [plot for plot in made if plot]
 
@@ -164,6 +165,61 @@ def memory(results, analysis):
       ("peak_memory_bytes", "peak of a training step"),
       ("kv_bytes_per_token", "KV cache a token")), size,
       "Memory; less is better.")
+
+
+def trend(results, analysis):
+  """The losses of the arms that a law is fitted to, and the law."""
+  law, found = results.ablation.trend, analysis.fit
+  if not found:
+    return None
+  figure = Figure((WIDTH, 2.4), layout="constrained")
+  axes = figure.add_subplot()
+  axes.plot(*zip(*found.curve), color=FAINT, linewidth=1.2)
+  for arm, loss in found.points.items():
+    axes.plot(law.sizes[arm], loss, "o", markersize=7,
+              color=style_of(results.ablation, arm)["color"])
+    axes.annotate(arm, (law.sizes[arm], loss), (5, 5),
+                  textcoords="offset points", color=FAINT)
+  axes.set_xscale("log", base=2)
+  axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+  axes.margins(x=0.12, y=0.2)
+  axes.set_xlabel(law.label)
+  axes.set_ylabel("held-out loss")
+  return "trend", (
+      f"Held-out loss over {law.label}, and the law fitted to it: floor + gain "
+      f"\u00d7 {law.label}^\u2212{found.exponent:.2g}."), figure
+
+
+def series(results, analysis):
+  """Of each further measurement that is a curve: its mean over the seeds."""
+  names = dict.fromkeys(
+      name for runs in results.runs.values() for run in runs.values()
+      for name in run.series)
+  return [_series(results, analysis, name, f"series{i}")
+          for i, name in enumerate(names)]
+
+
+def _series(results, analysis, name, key):
+  found = {}
+  for arm, runs in results.runs.items():
+    points = [runs[seed].series[name] for seed in analysis.seeds
+              if seed in runs and name in runs[seed].series]
+    if points:
+      found[arm] = np.array(points).mean(0)
+  if not found:
+    return None
+  legend = math.ceil(len(found) / 3)
+  figure = Figure((WIDTH, 2.4 + 0.2 * legend), layout="constrained")
+  axes = figure.add_subplot()
+  for arm, points in found.items():
+    axes.plot(*points.T, label=arm, linewidth=1.6,
+              **style_of(results.ablation, arm))
+  axes.set_xscale("log", base=2)
+  axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+  axes.set_xlabel("position in the sequence")
+  axes.set_ylabel("nats/token")
+  figure.legend(loc="outside lower center", ncols=3, frameon=False)
+  return key, f"{name.capitalize()}: mean of the seeds.", figure
 
 
 def router_load(results, analysis):

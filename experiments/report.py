@@ -21,12 +21,14 @@ from experiments import results as results_lib
 from experiments import statistics
 from experiments import verdicts
 from experiments import wording
+from experiments.claims import METRICS
 from experiments.wording import number, signed, size
 
 MISSING = "\u2013"
 COLUMNS = (  # heading, key of a row
     ("parameters", "total"), ("active", "active"), ("held-out loss", "loss"),
-    ("difference to the baseline", "difference"), ("bits/byte", "bits"),
+    ("difference to the baseline", "difference"),
+    ("smallest effect", "smallest"), ("bits/byte", "bits"),
     ("training tokens/s", "training"), ("prefill tokens/s", "prefill"),
     ("decode tokens/s", "decode"), ("peak memory", "memory"),
     ("KV bytes/token", "kv"))
@@ -46,7 +48,9 @@ def write_report(workdir) -> tuple[pathlib.Path, pathlib.Path]:
     ValueError: workdir is no ablation, or one of its files is damaged.
   """
   workdir = pathlib.Path(workdir)
-  content, figures = _content(workdir)
+  results = results_lib.read_results(workdir)
+  content = describe(results)
+  figures = plots.plots(results, content["analysis"])
   (workdir / "plots").mkdir(exist_ok=True)
   for name, _, figure in figures:
     results_lib.write_bytes(
@@ -54,7 +58,7 @@ def write_report(workdir) -> tuple[pathlib.Path, pathlib.Path]:
   paths = []
   for suffix in ("html", "md"):
     path = workdir / f"report.{suffix}"
-    template = _environment().get_template(f"report.{suffix}")
+    template = environment().get_template(f"report.{suffix}")
     drawn = [
         {"name": name, "caption": caption,
          "svg": plots.svg(figure, name) if suffix == "html" else ""}
@@ -68,7 +72,7 @@ def write_report(workdir) -> tuple[pathlib.Path, pathlib.Path]:
 def print_table(workdir, console: rich.console.Console | None = None) -> None:
   """Prints the answer, the main table and the verdicts to the terminal."""
   console = console or rich.console.Console()
-  content, _ = _content(workdir, draw=False)
+  content = describe(results_lib.read_results(workdir))
   table = rich.table.Table(
       title=rich.text.Text(content["ablation"].question), title_justify="left",
       box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -106,16 +110,17 @@ def main(arguments=None) -> int:
   return 0
 
 
-def _content(workdir, draw=True):
-  """(the variables of the templates, the plots)."""
-  results = results_lib.read_results(workdir)
+def describe(results) -> dict:
+  """The variables of the templates: all that a report says of an ablation."""
   analysis = verdicts.analyse(results)
   ablation = results.ablation
   family = max(analysis.family, 1)
-  content = {
+  return {
       "ablation": ablation, "analysis": analysis,
       "answer": wording.answer(results, analysis),
       "side_answer": wording.side_answer(results, analysis),
+      "trend": wording.trend(results, analysis),
+      "measured": _measured(results, analysis),
       "columns": COLUMNS,
       "rows": [_row(results, analysis, arm) for arm in ablation.arms],
       "quantities": list(dict.fromkeys(
@@ -124,7 +129,6 @@ def _content(workdir, draw=True):
       "methods": wording.methods(results, analysis),
       "confidence": f"{100 * (1 - (1 - statistics.CONFIDENCE) / family):.4g}",
       "family": family, "MISSING": MISSING}
-  return content, plots.plots(results, analysis) if draw else []
 
 
 def _row(results, analysis, arm):
@@ -150,6 +154,8 @@ def _row(results, analysis, arm):
       "total": number(arm.quantities["total_params"]),
       "active": number(arm.quantities["active_params"]),
       "loss": loss, "difference": difference, "direction": direction,
+      "smallest": (comparison and wording.smallest_effect(comparison).removesuffix(
+          " nats/token")) or MISSING,
       "bits": shown("bits_per_byte", "{:.4f}".format),
       "training": shown("tokens_per_second", number),
       "prefill": shown("prefill_tokens_per_second", number),
@@ -179,7 +185,24 @@ def _routers(results, analysis):
   return rows
 
 
-def _environment():
+def _measured(results, analysis):
+  """(headings, rows): means and 95 % intervals of what else was measured."""
+  names = list(dict.fromkeys(
+      name for runs in results.runs.values() for run in runs.values()
+      for name in run.measured))
+  def shown(arm, name):
+    found = verdicts.values(results, arm, name, analysis.seeds)
+    if not found:
+      return MISSING
+    mean, half = statistics.mean_interval(found)
+    return f"{mean:.4f}" + (f" \u00b1 {half:.4f}" if half is not None else "")
+  return [METRICS[name].label for name in names], [
+      (arm, [shown(arm, name) for name in names]) for arm in results.runs
+      if names]
+
+
+def environment() -> jinja2.Environment:
+  """With the filters of all reports' templates."""
   environment = jinja2.Environment(
       loader=jinja2.FileSystemLoader(
           pathlib.Path(__file__).parent / "templates"),

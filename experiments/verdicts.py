@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from experiments import scaling
 from experiments import statistics
 from experiments.claims import Claim, METRICS
 from experiments.results import Results
@@ -58,13 +59,15 @@ class Analysis:
   """seeds: those that every arm with a result has finished.
 
   warnings: what is missing. against_baseline: [arm]. family: how many
-  comparisons share the correction.
+  comparisons share the correction. fit: of the ablation's trend, if it has one
+  and there is enough to fit.
   """
   seeds: tuple[int, ...]
   warnings: tuple[str, ...]
   against_baseline: dict[str, Comparison]
   verdicts: tuple[Verdict, ...]
   family: int
+  fit: scaling.Fit | None = None
 
 
 def analyse(results: Results) -> Analysis:
@@ -88,7 +91,14 @@ def analyse(results: Results) -> Analysis:
       {name: done[PRIMARY, name, ablation.baseline] for name in others},
       tuple(_judge(claim, [done[key] for key in claim_pairs(claim)])
             for claim in ablation.claims),
-      len(family))
+      len(family), _fit(results, seeds))
+
+
+def _fit(results, seeds):
+  trend = results.ablation.trend
+  return trend and scaling.fit(trend, {
+      arm: {seed: run.value(PRIMARY) for seed, run in runs.items()
+            if not run.failure} for arm, runs in results.runs.items()}, seeds)
 
 
 def shared_seeds(results: Results) -> tuple[int, ...]:

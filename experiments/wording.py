@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from experiments import scaling
 from experiments import statistics
 from experiments import verdicts
 from experiments.claims import METRICS
@@ -67,11 +68,19 @@ def finding(comparison) -> str:
   if found.low is None:
     return f"{text} ({found.note})"
   text += f" (Holm {_p(comparison.holm)}"
-  if not found.direction and found.smallest_effect is not None:
-    effect = (f"{math.exp(found.smallest_effect):#.3g}\u00d7" if metric.ratio
-              else f"{found.smallest_effect:.2g} {metric.unit}".strip())
+  if effect := smallest_effect(comparison):
     text += f"; smallest effect {found.n} seeds could have seen: {effect}"
   return text + ")"
+
+
+def smallest_effect(comparison) -> str:
+  """With its unit; empty where nothing is known of the spread."""
+  found, metric = comparison.difference, METRICS[comparison.metric]
+  if found is None or found.smallest_effect is None:
+    return ""
+  if metric.ratio:
+    return f"{math.exp(found.smallest_effect):#.3g}\u00d7"
+  return f"{found.smallest_effect:.2g} {metric.unit}".strip()
 
 
 def answer(results, analysis) -> str:
@@ -111,6 +120,12 @@ def answer(results, analysis) -> str:
     text += (f" For {_joined(open_)} no difference could be seen"
              + (f":{limit}." if limit else "."))
   return text
+
+
+def trend(results, analysis) -> str:
+  """What was fitted, in a sentence; empty if nothing was to be."""
+  law = results.ablation.trend
+  return scaling.describe(law, analysis.fit) if law else ""
 
 
 def side_answer(results, analysis) -> str:

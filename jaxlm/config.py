@@ -104,7 +104,9 @@ class NormConfig:
   """`scale_offset` 1 multiplies by (1 + scale), as Gemma does.
 
   `placement` "pre" normalises what a sub-layer reads, "pre_and_post" what it
-  writes too (Gemma 2 and 3).
+  writes too (Gemma 2 and 3), "post" neither but their sum (the original
+  Transformer, arXiv 1706.03762, section 3.1). Wherever these stand, one more
+  normalises what the last layer leaves.
   """
   kind: str = "rmsnorm"
   eps: float = 1e-6
@@ -113,7 +115,7 @@ class NormConfig:
 
   def __post_init__(self):
     _one_of(self, "kind", ("rmsnorm", "layernorm"))
-    _one_of(self, "placement", ("pre", "pre_and_post"))
+    _one_of(self, "placement", ("pre", "pre_and_post", "post"))
     _positive(self, "eps")
 
 

@@ -168,7 +168,7 @@ def test_a_whole_number_is_a_float_and_a_config_is_itself():
     (LATENT, dict(kv_rank=0), "MLAConfig.kv_rank=0: must be positive"),
     (LATENT, dict(q_rank=0), "MLAConfig.q_rank=0: must be positive"),
     (MODEL.norm, dict(kind="batchnorm"), "NormConfig.kind='batchnorm': use"),
-    (MODEL.norm, dict(placement="post"), "NormConfig.placement='post': use"),
+    (MODEL.norm, dict(placement="both"), "NormConfig.placement='both': use"),
     (MODEL.norm, dict(eps=0.0), "NormConfig.eps=0.0: must be positive"),
     (RopeConfig(), dict(theta=0.0), "RopeConfig.theta=0.0: must be positive"),
     (LinearScaling(2.0), dict(factor=0.0), "factor=0.0: must be positive"),

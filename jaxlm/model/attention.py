@@ -46,11 +46,15 @@ class Attention(nn.Module):
           q, k, v, cache, context.positions_BT, sinks, window=options.window,
           dtype=q.dtype, **options.attention())
     else:
-      o = sequences.attention(q, (k, v), (), sinks, context.segment_ids_BT,
-                              options)
+      o = self.attend(q, k, v, sinks, context.segment_ids_BT, options)
     if cache is not None:
       cache = cache_lib.write(cache, k, v, context.positions_BT)
     return self._project_out(o, x_BTD.shape[-1]), cache
+
+  def attend(self, q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, options):
+    """Over a sequence; a method, for `jaxlm.model.trace` to look at."""
+    return sequences.attention(q_BTNH, (k_BTKH, v_BTKH), (), sinks_N,
+                               segment_ids_BT, options)
 
   def _project_in(self, x_BTD):
     config, d_model = self.config, x_BTD.shape[-1]

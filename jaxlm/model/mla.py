@@ -101,13 +101,19 @@ class MLA(nn.Module):
           context.positions_BT, cache.positions_BS, scale=config.query_scale,
           implementation=self.implementation)
     else:
-      o_BTNH = expanded_attention(
-          q_nope, q_rope, latent_BTR, rope_key_BTH, k_proj, v_proj,
-          scale=config.query_scale, segment_ids_BS=context.segment_ids_BT,
-          implementation=self.implementation)
+      o_BTNH = self.attend(q_nope, q_rope, latent_BTR, rope_key_BTH, k_proj,
+                           v_proj, context.segment_ids_BT)
     if cache is not None:
       cache = cache_lib.write(cache, key_BTR, context.positions_BT)
     return self._project_out(o_BTNH, x_BTD.shape[-1]), cache
+
+  def attend(self, q_nope, q_rope, latent_BTR, rope_key_BTH, k_proj, v_proj,
+             segment_ids_BT):
+    """Over a sequence; a method, for `jaxlm.model.trace` to look at."""
+    return expanded_attention(
+        q_nope, q_rope, latent_BTR, rope_key_BTH, k_proj, v_proj,
+        scale=self.config.query_scale, segment_ids_BS=segment_ids_BT,
+        implementation=self.implementation)
 
   def _norm(self, name):
     return Norm(NormConfig(eps=self.config.norm_eps), name=name)

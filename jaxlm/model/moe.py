@@ -26,7 +26,7 @@ class MoE(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, noise_key=None) -> tuple[jax.Array, RouterOutput]:
     config, d_model = self.config, x_BTD.shape[-1]
-    router = self._router_weights(d_model)
+    router = self.router_weights(d_model)
     weights = mlp_weights(self, config.expert, d_model, self.residual_scale,
                           (config.num_experts,))
     if mesh.current() is None or mesh.current().size == 1:
@@ -45,7 +45,7 @@ class MoE(nn.Module):
                    name="shared")(x_BTD)
     return y_BTD, output
 
-  def _router_weights(self, d_model: int) -> dict:
+  def router_weights(self, d_model: int) -> dict:
     config, shape = self.config.router, (d_model, self.config.num_experts)
     axes, zeros = ("embed", "router"), nn.initializers.zeros
     router = {"router": weight(self, "router", shape, axes, fan_in())}

@@ -123,18 +123,21 @@ class Layer(nn.Module):
     if context.key is not None:
       keys = jax.random.split(jax.random.fold_in(context.key, index), 3)
 
-    def norm(x, name):
+    def norm(x, name, *placements):
+      """x itself where norms are placed elsewhere."""
+      if config.norm.placement not in placements:
+        return x
       return Norm(config.norm, name=name)(x)
 
     def add(x, y, name, key):
-      if config.norm.placement == "pre_and_post":
-        y = norm(y, name)
-      return shard(x + dropout(y, config.dropout, key), *TOKENS)
+      y = dropout(norm(y, name, "pre_and_post"), config.dropout, key)
+      return shard(norm(x + y, name, "post"), *TOKENS)
 
+    read = "pre", "pre_and_post"
     y, cache = self._attention(residual_scale)(
-        norm(x_BTD, "attention_norm"), context, cache)
+        norm(x_BTD, "attention_norm", *read), context, cache)
     x_BTD = add(x_BTD, y, "attention_post_norm", keys[0])
-    y, router = norm(x_BTD, "mlp_norm"), None
+    y, router = norm(x_BTD, "mlp_norm", *read), None
     if self.kind.moe:
       y, router = MoE(config.moe, residual_scale, execution.experts,
                       execution.dispatch, execution.capacity_factor,
@@ -240,6 +243,9 @@ class Embedding(nn.Module):
 def make_context(config: ModelConfig, tokens_BT, positions_BT=None,
                  segment_ids_BT=None, key=None) -> Context:
   attention = config.attention
+  if config.max_positions and tokens_BT.shape[1] > config.max_positions:
+    raise ValueError(f"{tokens_BT.shape[1]} tokens, but the model has "
+                     f"{config.max_positions} learned positions")
   if positions_BT is None:
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
   if isinstance(attention, MLAConfig):
@@ -296,9 +302,6 @@ def forward(config: ModelConfig, params: dict, tokens_BT, *,
   Raises:
     ValueError: more tokens than learned positions.
   """
-  if config.max_positions and tokens_BT.shape[1] > config.max_positions:
-    raise ValueError(f"{tokens_BT.shape[1]} tokens, but the model has "
-                     f"{config.max_positions} learned positions")
   context = make_context(config, tokens_BT, positions_BT, segment_ids_BT, key)
   if axis_size("stage") > 1:
     return _forward_in_stages(config, params, tokens_BT, context, execution)

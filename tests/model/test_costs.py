@@ -107,7 +107,8 @@ def configs(draw):
     num_dense = draw(st.integers(0, num_layers))
     mlp = mlp if num_dense else None
   norm = NormConfig(draw(st.sampled_from(["rmsnorm", "layernorm"])),
-                    placement=draw(st.sampled_from(["pre", "pre_and_post"])))
+                    placement=draw(st.sampled_from(["pre", "pre_and_post",
+                                                    "post"])))
   pattern = ("full",) if isinstance(attention, MLAConfig) else draw(
       st.sampled_from([("full",), ("sliding", "full"),
                        ("sliding", "sliding", "full")]))
