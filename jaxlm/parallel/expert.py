@@ -26,7 +26,7 @@ from pallas_kernels.quant import is_quantized
 
 def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
           implementation: str = "auto", scheme: str = "auto",
-          capacity_factor: float = 1.25, fsdp: bool = True):
+          capacity_factor: float = 1.25, fsdp: bool = True, fp8: bool = False):
   """What one device would compute, whatever the mesh that is set.
 
   Args:
@@ -36,6 +36,7 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
     weights: the experts', as `mlp_weights` gives them.
     key: draws noisy top-k's noise; None while not training.
     scheme: one of `schemes.SCHEMES`, or "auto".
+    fp8: as in `experts.of_rows`.
 
   Returns:
     y_BTD, and the `RouterOutput` of the whole batch.
@@ -54,7 +55,7 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
       split=AXIS in split, capacity_factor=capacity_factor,
       columns=mesh.axis_size("tensor") if laid_out.whole else 1,
       compute=functools.partial(experts.of_rows, expert=config.expert,
-                                implementation=implementation))
+                                implementation=implementation, fp8=fp8))
   noise_BTE = routing.draw_noise(config, key, (*batch, config.num_experts))
 
   def local(x_BTD, noise_BTE, router, weights):

@@ -9,6 +9,7 @@ import optax
 from jaxlm.config import ModelConfig, stacks
 from jaxlm.model.routing import (BALANCE_RULES, load_statistics,
                                  updated_balance_bias)
+from jaxlm.model.simulated import SIMULATIONS
 from jaxlm.model.transformer import (Execution, forward, init_params,
                                      per_layer)
 from jaxlm.train.loss import next_token_loss
@@ -62,6 +63,9 @@ class TrainConfig:
   keep_best: besides, those of the least eval_loss, of steps that were
   evaluated. log_every: steps between lines of metrics, besides evaluations and
   the last step.
+  eval_simulate: what evaluations simulate, as `Execution.simulate` does; None
+  is what training does. So a run in float32 can be evaluated with its experts
+  in MXFP4.
   spike_factor: a loss above this many times the median of the steps before it
   (and above this many nats) ends the run; 0 lets every finite loss pass.
   """
@@ -75,6 +79,7 @@ class TrainConfig:
   z_loss: float = 0.0
   eval_every: int = 0
   eval_batches: int = 16
+  eval_simulate: str | None = None
   log_every: int = 10
   checkpoint_every: int = 0
   keep: int = 2
@@ -100,7 +105,16 @@ class TrainConfig:
     if self.execution.dtype == "float16":
       raise ValueError("train execution.dtype='float16' needs the loss to be "
                        "scaled: use 'bfloat16' or 'float32'")
+    if self.eval_simulate not in (None, *SIMULATIONS):
+      raise ValueError(f"train eval_simulate={self.eval_simulate!r}: use None "
+                       f"or one of {SIMULATIONS}")
     learning_rate_schedule(self.optimizer, self.steps)
+
+  @property
+  def eval_execution(self) -> Execution:
+    if self.eval_simulate is None:
+      return self.execution
+    return dataclasses.replace(self.execution, simulate=self.eval_simulate)
 
 
 class TrainState(typing.NamedTuple):
@@ -247,7 +261,7 @@ def eval_step(model_config: ModelConfig, train_config: TrainConfig,
               params: dict, batch: dict) -> dict:
   """Sums over a batch: nats and targets; load [L, E] and dropped, its means."""
   output = forward(model_config, params, batch["tokens"],
-                   execution=train_config.execution,
+                   execution=train_config.eval_execution,
                    segment_ids_BT=batch["segment_ids"])
   nats, targets = next_token_loss(model_config, params, output.hidden_BTD,
                                   batch["targets"], batch["mask"],
