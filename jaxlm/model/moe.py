@@ -34,7 +34,8 @@ class MoE(nn.Module):
     if mesh.current() is None or mesh.current().size == 1:
       x_TD = x_BTD.reshape(-1, d_model)
       routing, output = route(
-          config, **router_inputs(config.router, router, x_TD), key=noise_key)
+          config, **router_inputs(config.router, router, x_TD), key=noise_key,
+          num_sequences=len(x_BTD))
       y_BTD = experts(x_TD, routing, weights, config.expert,
                       self.implementation, self.fp8).reshape(x_BTD.shape)
     else:

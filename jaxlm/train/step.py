@@ -16,21 +16,23 @@ from jaxlm.train.loss import next_token_loss
 from jaxlm.train.optimizer import (OptimizerConfig, learning_rate_schedule,
                                    make_optimizer)
 
-BALANCING_LOSSES = ("cv_importance", "cv_load", "switch", "router_z")
+BALANCING_LOSSES = ("cv_importance", "cv_load", "switch", "sequence",
+                    "router_z")
 
 
 @dataclasses.dataclass(frozen=True)
 class Balancing:
   """What keeps the experts' loads even.
 
-  cv_importance, cv_load, switch, router_z: weights of the router's losses
-  (`jaxlm.model.routing`), each a mean over the expert layers. bias_rule: None,
-  "sign" or "proportional" moves the bias of the choice after each step, by
-  `bias_rate` (arXiv 2408.15664).
+  cv_importance, cv_load, switch, sequence, router_z: weights of the router's
+  losses (`jaxlm.model.routing`), each a mean over the expert layers.
+  bias_rule: None, "sign" or "proportional" moves the bias of the choice after
+  each step, by `bias_rate` (arXiv 2408.15664).
   """
   cv_importance: float = 0.0
   cv_load: float = 0.0
   switch: float = 0.0
+  sequence: float = 0.0
   router_z: float = 0.0
   bias_rule: str | None = None
   bias_rate: float = 0.001
@@ -141,6 +143,11 @@ def check_together(model_config: ModelConfig, train_config: TrainConfig):
                      "router.kind='noisy_topk', whose noise makes the load "
                      f"smooth, not {moe.router.kind!r}: use switch or "
                      "cv_importance")
+  if balancing.sequence and moe.router.kind == "expert_choice":
+    raise ValueError(f"balancing sequence={balancing.sequence} needs tokens "
+                     "that choose their experts, and with router.kind="
+                     "'expert_choice' experts choose their tokens: leave it "
+                     "out")
   if balancing.bias_rule and not moe.router.balance_bias:
     raise ValueError(f"balancing bias_rule={balancing.bias_rule!r} needs "
                      "router.balance_bias=True: there is no bias to move")
