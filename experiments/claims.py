@@ -29,6 +29,7 @@ METRICS = {
                         "seeds", False),
     "first_token_mass": Metric("attention on the first token", "", True,
                                "seeds", False),
+    "sink_mass": Metric("attention on the sink", "", True, "seeds", False),
     "tokens_per_second": Metric(
         "training speed", "tokens/s", False, "seeds", True),
     "prefill_tokens_per_second": Metric(

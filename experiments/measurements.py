@@ -1,4 +1,5 @@
 """What is measured of a run's final parameters, besides its held-out loss."""
+import collections
 from collections.abc import Sequence
 import dataclasses
 import itertools
@@ -7,6 +8,8 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.data import DataBundle
+from jaxlm.data.pipeline import eval_batches
+from jaxlm.model.trace import trace
 from jaxlm.train import TrainConfig, TrainResult
 from jaxlm.train.evaluation import Heldout
 from jaxlm.train.programs import Programs
@@ -15,6 +18,8 @@ from jaxlm.train.programs import Programs
 LONGER = 4
 # The first so many positions have hardly any key to choose from.
 EARLY = 32
+# Attention is looked at in so many batches at most.
+TRACED_BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,4 +89,23 @@ def _long(model, config, data, result):
                   {"loss in longer rows": buckets(loss_T)})
 
 
-MEASUREMENTS = {"by_position": _by_position, "long": _long}
+def _first_token(model, config, data, result):
+  """How much attention the first key of a row gets, and the sink if there are
+  any, in full layers, from the EARLY'th query on."""
+  full = [i for i, kind in enumerate(model.layers) if kind.attention == "full"]
+  shares = collections.defaultdict(list)
+  for batch in itertools.islice(eval_batches(
+      data.heldout, config.batch_size, config.eval_batches), TRACED_BATCHES):
+    found = trace(model, result.params, batch["tokens"], parts=("attention",),
+                  execution=config.execution,
+                  segment_ids_BT=batch["segment_ids"])
+    for name, share_LBTN in (("first_token_mass", found.first_key_LBTN),
+                             ("sink_mass", found.sink_LBTN)):
+      if share_LBTN is not None:
+        shares[name].append(np.asarray(share_LBTN)[full, :, EARLY:].mean())
+  return Measured({name: float(np.mean(found))
+                   for name, found in shares.items()})
+
+
+MEASUREMENTS = {"by_position": _by_position, "long": _long,
+                "first_token": _first_token}

@@ -75,16 +75,18 @@ def fit(trend: Trend, losses: Mapping[str, Mapping[int, float]],
   allowed = squares_X[best] * (
       1 + stats.f.ppf(CONFIDENCE, 1, degrees) / degrees)
   inside = np.flatnonzero(squares_X <= allowed)
-  low, high = inside[0], inside[-1]
+  # The ends lie between grid points: the wider ones are taken.
+  low = max(inside[0] - 1, 0)
+  high = min(inside[-1] + 1, len(EXPONENTS) - 1)
   exponent, gain = float(EXPONENTS[best]), float(gain_X[best])
-  floor = float(loss_SA.mean()) - gain * float(np.mean(size_A ** -exponent))
-  sizes = np.geomspace(size_A.min(), size_A.max(), 50)
+  floor = float(loss_SA.mean() - gain * np.mean(size_A ** -exponent))
+  sizes = np.geomspace(size_A.min(), size_A.max(), 50).tolist()
   return Fit(
       exponent,
       None if low == 0 else float(EXPONENTS[low]),
       None if high == len(EXPONENTS) - 1 else float(EXPONENTS[high]),
       gain, dict(zip(arms, loss_SA.mean(0).tolist())),
-      tuple((float(x), floor + gain * x ** -exponent) for x in sizes))
+      tuple((x, floor + gain * x ** -exponent) for x in sizes))
 
 
 def describe(trend: Trend, found: Fit | None) -> str:

@@ -5,7 +5,6 @@ are given and give back.
 """
 import collections
 from collections.abc import Collection
-import dataclasses
 import functools
 import typing
 
@@ -15,10 +14,12 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.attention import Attention
+from jaxlm.model.layers import Norm
 from jaxlm.model.mla import MLA, expand
 from jaxlm.model.moe import MoE
 from jaxlm.model.routing import choose, expert_choice, router_inputs
-from jaxlm.model.transformer import Execution, Layer, Output, forward
+from jaxlm.model.transformer import (Embedding, Execution, Layer, Output,
+                                     make_context, per_layer)
 from pallas_kernels.windowed_attention import windowed_attention
 
 PARTS = ("experts", "attention", "hidden")
@@ -50,9 +51,9 @@ def trace(config: ModelConfig, params: dict, tokens_BT, *,
           parts: Collection[str] = ("experts",),
           execution: Execution = Execution(), positions_BT=None,
           segment_ids_BT=None) -> Trace:
-  """Runs `forward` (see there), layer by layer, and tells what it saw.
+  """Does what `forward` does, layer by layer, and tells what it saw.
 
-  Args:
+  Args: as of `forward`, and
     parts: what to look at, of "experts", "attention" and "hidden".
 
   Raises:
@@ -61,38 +62,49 @@ def trace(config: ModelConfig, params: dict, tokens_BT, *,
   if unknown := set(parts) - set(PARTS):
     raise ValueError(f"parts={tuple(parts)}: {sorted(unknown)} are none of "
                      f"{PARTS}")
-  # In a scan or under remat what is seen inside could not get out.
-  execution = dataclasses.replace(execution, scan_layers=False, remat="none")
-  return _trace(config, frozenset(parts), execution, params,
-                jnp.asarray(tokens_BT), positions_BT, segment_ids_BT)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _trace(config, parts, execution, params, tokens_BT, positions_BT,
-           segment_ids_BT):
-  seen = collections.defaultdict(list)
-
-  def look(method, args, kwargs, context):
-    result, module = method(*args, **kwargs), context.module
-    match module, context.method_name:
-      case MoE(), "__call__" if "experts" in parts:
-        found = _choices(module, *args[:1])
-      case Attention() | MLA(), "attend" if "attention" in parts:
-        found = _masses(module, *args)
-      case Layer(), "__call__" if "hidden" in parts:
-        found = {"hidden_LBTD": result[0]}
-      case _:
-        found = {}
+  params = per_layer(config, params)
+  context = make_context(config, jnp.asarray(tokens_BT), positions_BT,
+                         segment_ids_BT)
+  x_BTD = Embedding(config, execution).apply(
+      {"params": params["embed"]}, jnp.asarray(tokens_BT), context)
+  seen, routers = collections.defaultdict(list), []
+  for index, kind in enumerate(config.layers):
+    x_BTD, router, found = _layer(config, kind, execution, frozenset(parts),
+                                  params["layers"][str(index)], x_BTD, context)
+    if router is not None:
+      routers.append(router)
     for name, x in found.items():
       seen[name].append(x)
+  hidden_BTD = Norm(config.norm).apply({"params": params["final_norm"]}, x_BTD)
+  router = jax.tree.map(lambda *x: jnp.stack(x), *routers) if routers else None
+  return Trace(output=Output(hidden_BTD, router), **{
+      name: jnp.stack(seen[name]) if name in seen else None
+      for name in Trace._fields if name != "output"})
+
+
+# By itself, so that layers of one kind share a program: the program of a whole
+# model takes long to compile.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _layer(config, kind, execution, parts, params, x_BTD, context):
+  """The layer's hidden states, its router's report, and what was seen."""
+  found = {}
+
+  def look(method, args, kwargs, intercepted):
+    result = method(*args, **kwargs)
+    match intercepted.module, intercepted.method_name:
+      case MoE() as moe, "__call__" if "experts" in parts:
+        found.update(_choices(moe, args[0]))
+      case Attention() | MLA() as attention, "attend" if "attention" in parts:
+        found.update(_masses(attention, *args))
     return result
 
   with nn.intercept_methods(look):
-    output = forward(config, params, tokens_BT, execution=execution,
-                     positions_BT=positions_BT, segment_ids_BT=segment_ids_BT)
-  return Trace(output=output, **{
-      name: jnp.stack(seen[name]) if name in seen else None
-      for name in Trace._fields if name != "output"})
+    # The index draws dropout alone.
+    x_BTD, router, _ = Layer(config, kind, execution).apply(
+        {"params": params}, x_BTD, 0, context)
+  if "hidden" in parts:
+    found["hidden_LBTD"] = x_BTD
+  return x_BTD, router, found
 
 
 def _choices(moe: MoE, x_BTD) -> dict[str, jax.Array]:

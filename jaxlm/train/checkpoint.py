@@ -108,11 +108,11 @@ class Checkpoints:
     damaged = {}
     for step in everyone(sorted(self._manager.all_steps(), reverse=True))[0]:
       where = self._directory / str(step)
-      about, why = _try(self._read_about, step)
+      about, why = _try(_read_about, where)
       if not why:
         check_same(where, about, expected)
         check_leaves(where, about["leaves"], abstract)
-        state, why = _try(self._read_state, step, abstract)
+        state, why = _try(_read_state, where, abstract)
       why = why or _changed(about, state)
       if not why:
         self._move_aside(damaged, step)
@@ -125,31 +125,12 @@ class Checkpoints:
           + ". Put back a copy, or move the directory away to begin anew")
     return None
 
-  def _read_about(self, step: int) -> dict:
-    about = json.loads(
-        (self._directory / str(step) / "about" / "metadata").read_bytes())
-    if about.pop("crc32") != _text_crc32(about):
-      raise ValueError("its description is damaged")
-    return about
-
-  def _read_state(self, step: int, abstract):
-    tree = traverse_util.unflatten_dict(named_leaves(abstract), sep="/")
-    # Each for itself: who waits for one that failed would wait long.
-    alone = _processes([jax.process_index()])
-    with ocp.Checkpointer(
-        ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-        multiprocessing_options=alone) as reader:
-      tree = reader.restore(self._directory / str(step) / "state",
-                            args=ocp.args.StandardRestore(tree))
-    leaves = traverse_util.flatten_dict(tree, sep="/")
-    return jax.tree.unflatten(jax.tree.structure(abstract),
-                              [leaves[name] for name in named_leaves(abstract)])
-
   def _loss_of(self, step: int) -> float | None:
     """The eval_loss a checkpoint was saved with, if any."""
     if step not in self._eval_loss:
       try:
-        self._eval_loss[step] = self._read_about(step)["eval_loss"]
+        self._eval_loss[step] = _read_about(
+            self._directory / str(step))["eval_loss"]
       except (OSError, ValueError, KeyError):
         self._eval_loss[step] = None
     return self._eval_loss[step]
@@ -168,6 +149,57 @@ class Checkpoints:
                       RuntimeWarning)
     everyone("moved")
     self._manager.reload()
+
+
+def read_newest(directory) -> tuple[dict, dict]:
+  """(state, about) of the newest checkpoint, for whoever looks at a run.
+
+  Nothing there is changed. The state is a nested dict by the names of the
+  leaves (params, opt_state, ...), on the first device; `about` has what the
+  run put there (seeds, model, train), and step, eval_loss and leaves.
+
+  Raises:
+    CheckpointError: there is none, or it is damaged.
+  """
+  directory = pathlib.Path(directory).absolute()
+  steps = [int(path.name) for path in directory.glob("*")
+           if path.name.isdecimal()]
+  if not steps:
+    raise CheckpointError(f"{directory} has no checkpoint: train with that "
+                          "directory and keep what it saves")
+  where = directory / str(max(steps))
+  about, why = _try(_read_about, where)
+  if not why:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state, why = _try(_read_state, where, traverse_util.unflatten_dict({
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+        for name, (shape, dtype, _) in about["leaves"].items()}, sep="/"))
+  why = why or _changed(about, state)
+  if why:
+    raise CheckpointError(f"{where} cannot be read: {why}. Put back a copy, or "
+                          "remove it and train on from the one before")
+  return state, about
+
+
+def _read_about(where: pathlib.Path) -> dict:
+  about = json.loads((where / "about" / "metadata").read_bytes())
+  if about.pop("crc32") != _text_crc32(about):
+    raise ValueError("its description is damaged")
+  return about
+
+
+def _read_state(where: pathlib.Path, abstract):
+  tree = traverse_util.unflatten_dict(named_leaves(abstract), sep="/")
+  # Each for itself: who waits for one that failed would wait long.
+  alone = _processes([jax.process_index()])
+  with ocp.Checkpointer(
+      ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+      multiprocessing_options=alone) as reader:
+    tree = reader.restore(where / "state",
+                          args=ocp.args.StandardRestore(tree))
+  leaves = traverse_util.flatten_dict(tree, sep="/")
+  return jax.tree.unflatten(jax.tree.structure(abstract),
+                            [leaves[name] for name in named_leaves(abstract)])
 
 
 class _Preserve:

@@ -1,22 +1,24 @@
 """Every experiment at every budget: arms solved, equal, and trainable."""
-import importlib
+import collections
+import dataclasses
 import json
-import pathlib
 
 import pytest
 
 from experiments import budget as solver
 from experiments import design as design_lib
+from experiments import measured
+from experiments import measurements
 from experiments import plan
+from experiments import suite
+from jaxlm.train.step import check_together
 
 BUDGETS = ("minute", "laptop", "gpu")
-EXPERIMENTS = sorted(
-    path.stem for path in
-    pathlib.Path(design_lib.__file__).parent.glob("configs/*.py"))
+EXPERIMENTS = sorted(suite.experiments())
 
 
 def load(name):
-  return importlib.import_module(f"experiments.configs.{name}")
+  return measured.load_config(suite.experiments()[name])
 
 
 @pytest.fixture(scope="module", params=EXPERIMENTS)
@@ -30,8 +32,8 @@ def config_and_design(request, experiment):
   return config, experiment.get_design(config)
 
 
-def test_there_are_experiments():
-  assert {"width_vs_depth", "few_vs_many_experts"} <= set(EXPERIMENTS)
+def test_the_suite_names_all_experiments():
+  assert set(suite.ORDER) == set(EXPERIMENTS) == set(suite.experiments())
 
 
 def test_the_default_budget_is_a_laptops(experiment):
@@ -41,34 +43,69 @@ def test_the_default_budget_is_a_laptops(experiment):
 
 
 def test_arms_are_equal_within_half_a_percent(config_and_design):
+  """Those with the same targets; and no arm is without a target."""
   config, design = config_and_design
-  mixtures = {name: model for name, model in design.models.items()
-              if model.moe}
-  assert len(design.models) >= 3 and len(mixtures) >= 2
-  measured = {name: solver.measure(model, config.train.seq_len)
-              for name, model in design.models.items()}
-  for arms, quantity in ((design.models, "active_params"),
-                         (mixtures, "total_params")):
-    values = [measured[arm][quantity] for arm in arms]
-    assert max(values) / min(values) - 1 <= 0.005, quantity
+  assert len(design.models) >= 2
+  by_target = collections.defaultdict(list)
+  for found in design.solutions.values():
+    assert found.targets
+    measured = solver.measure(found.config, config.train.seq_len)
+    assert measured == found.achieved
+    for quantity, target in found.targets.items():
+      by_target[quantity, target].append(measured[quantity])
+  for values in by_target.values():
+    assert max(values) / min(values) - 1 <= 0.005
+  # Most arms share a target with another.
+  assert max(map(len, by_target.values())) >= len(design.models) / 2
 
 
 def test_an_ablation_can_be_planned(config_and_design):
   config, design = config_and_design
   plan.check(config)
-  rates = plan.rule(config, design.models)
+  measurements.check(design.measurements)
+  configs = plan.arm_configs(config, design)
+  rates = plan.rule(configs, design.models)
   for arm, model in design.models.items():
-    found = plan.train_config(config, model, rates[arm])
+    found = plan.train_config(configs[arm], model, rates[arm])
+    check_together(model, found)
     assert found.optimizer.learning_rate == rates[arm]
-    assert bool(found.balancing.weights) == (model.moe is not None)
   ablation = plan.ablation(config, design, "name", rates, "data", "command")
   assert ablation.claims and ablation.baseline in design.models
   assert len(ablation.seeds) >= 2
-  # Only what is held equal says so.
-  assert {"total_params", "active_params"} <= {
-      held.quantity for held in ablation.held_equal}
   identity = plan.identity(config, design)
   assert json.loads(json.dumps(identity)) == identity
+  # No two arms are the same: each can tell another its own.
+  assert len({arm.identity for arm in ablation.arms}) == len(ablation.arms)
+
+
+def test_an_arms_identity_is_all_that_decides_its_results():
+  module = load("width_vs_depth")
+  config = module.get_config("minute")
+  def identities(config, **changes):
+    design = dataclasses.replace(module.get_design(config), **changes)
+    return plan.arm_identities(config, design)
+  before = identities(config)
+  same = config.copy_and_resolve_references()
+  same.seeds, same.together, same.speed.repeats = (5, 6), True, 2
+  assert identities(same) == before
+  after = identities(config, overrides={"moe_2": {"train": {"steps": 31}}})
+  assert [arm for arm in before if after[arm] != before[arm]] == ["moe_2"]
+  config.balancing.switch = 0.5  # is nothing to a dense arm
+  after = identities(config)
+  assert [arm for arm in before if after[arm] == before[arm]] == ["dense_2"]
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"moe_3": {}}, r"overrides of \['moe_3'\], which are no arms"),
+    ({"moe_2": {"seeds": (1,)}}, "arms may differ in"),
+    ({"moe_2": {"train": {"stepz": 1}}}, "arm 'moe_2'.*stepz"),
+])
+def test_overrides_with_a_typo_are_refused(overrides, message):
+  module = load("width_vs_depth")
+  config = module.get_config("minute")
+  with pytest.raises(ValueError, match=message):
+    plan.arm_configs(config, dataclasses.replace(
+        module.get_design(config), overrides=overrides))
 
 
 def test_depths_are_set_by_the_config():
@@ -150,6 +187,7 @@ def test_learning_rates_follow_the_stated_rule():
                                "exponent": 0.5})
   make = lambda d_model: design_lib.decoder(
       config, 2, d_model, 3, mlp=design_lib.feed_forward(7))
-  rates = plan.rule(config, {"a": make(48), "b": make(192)})
+  rates = plan.rule({"a": config, "b": config},
+                    {"a": make(48), "b": make(192)})
   assert rates == pytest.approx({"a": 4e-3, "b": 2e-3})
   assert "0.004 \u00d7 (48 / d_model)^0.5" in plan.explain_rates(config, rates)

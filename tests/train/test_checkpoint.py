@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.train.checkpoint import CheckpointError, Checkpoints
+from jaxlm.train.checkpoint import (CheckpointError, Checkpoints,
+                                    read_newest)
 
 # Damaged files leave tensorstore futures that nobody asks for their error.
 pytestmark = pytest.mark.filterwarnings(
@@ -248,3 +249,20 @@ def test_an_unwritable_directory_is_named(tmp_path):
   with pytest.raises(CheckpointError, match="file/checkpoints: a checkpoint "
                                             "cannot be written"):
     Checkpoints(tmp_path / "file" / "checkpoints", keep=2)
+
+
+def test_the_newest_is_read_without_knowing_the_model(saved):
+  before = sorted(saved.rglob("*"))
+  found, about = read_newest(saved)
+  assert about["step"] == 4 and about["model"] == EXPECTED["model"]
+  jax.tree.map(np.testing.assert_array_equal, found, state(4))
+  assert sorted(saved.rglob("*")) == before
+
+
+def test_a_damaged_one_is_not_read(directory):
+  metadata = directory / "4" / "about" / "metadata"
+  metadata.write_text(metadata.read_text().replace('"step": 4', '"step": 5'))
+  with pytest.raises(CheckpointError, match="4 cannot be read: its descr"):
+    read_newest(directory)
+  with pytest.raises(CheckpointError, match="elsewhere has no checkpoint"):
+    read_newest(directory.parent / "elsewhere")
