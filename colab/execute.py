@@ -59,12 +59,15 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
 
 def private(notebook) -> list[str]:
   """What the outputs tell of the machine they were made on."""
-  text = "\n".join(
-      str(output.get("text", "")) + str(output.get("data", {}).get(
-          "text/plain", ""))
-      for cell in notebook.cells for output in cell.get("outputs", ()))
-  found = re.findall(r"(?<![\w.~/])/(?:[\w.+-]+/)+[\w.+-]*", text)
-  return found + [name for name in (socket.gethostname(),) if name in text]
+  outputs = [output for cell in notebook.cells
+             for output in cell.get("outputs", ())]
+  text = "\n".join([
+      *(output.get("text", "") for output in outputs),
+      *(str(data) for output in outputs
+        for kind, data in output.get("data", {}).items()
+        if not kind.startswith("image/"))])
+  return [*re.findall(r"(?<![\w.~/])/(?:[\w.+-]+/)+[\w.+-]*", text),
+          *re.findall(rf"\b{re.escape(socket.gethostname())}\b", text)]
 
 
 def _environment() -> dict[str, str]:

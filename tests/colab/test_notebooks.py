@@ -42,7 +42,7 @@ def test_committed_outputs_are_of_one_clean_run(path):
 @each
 def test_it_opens_with_the_only_install_of_this_package(path):
   first, *rest = code_cells(nbformat.read(path, as_version=4))
-  assert "'..[notebooks]'" in first.source
+  assert "%pip install -q '..[notebooks" in first.source
   assert not any("..[" in cell.source for cell in rest)
 
 
