@@ -6,9 +6,10 @@
   WORKDIR/arms/ARM/speed.json               Speed: written once for the arm
 
 A line of metrics.jsonl has `step`, `loss` (training, nats a token), `tokens`
-(seen so far) and `seconds`; on evaluation steps also `eval_loss` and
-`eval_bits_per_byte`; whatever else is there is ignored. JSON files appear
-whole or not at all.
+(seen so far) and `seconds`; on evaluation steps also `eval_loss`,
+`eval_bits_per_byte` and, of expert layers, `load`: [layers][experts], the share
+of the held-out routed tokens that each expert got. Whatever else is there is
+ignored. JSON files appear whole or not at all.
 """
 
 import dataclasses

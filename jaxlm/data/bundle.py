@@ -32,6 +32,7 @@ def build_dataset(
     *,
     heldout_fraction: float = 0.05,
     fim_rate: float = 0.0,
+    first_token: bool = False,
     seed: int = 0,
     max_documents: int | None = None,
     max_bytes: int | None = None,
@@ -46,6 +47,8 @@ def build_dataset(
     heldout_fraction: share of the files that is held out.
     fim_rate: share of the training documents made into fill-in-the-middle;
       held-out documents never are, so that losses stay comparable.
+    first_token: each row, held-out ones too, begins with the input
+      `end_of_document` in place of its own first token.
     seed: of the split and the fill-in-the-middle cuts, not of the order.
     max_documents: documents at most; each part gets its share.
     max_bytes: bytes of text at most; each part gets its share.
@@ -77,6 +80,7 @@ def build_dataset(
         seq_len,
         end_of_document=loaded.end_of_document,
         vocab_size=loaded.vocab_size,
+        first_token=first_token,
     )
 
   train_rows, heldout_rows = packed(train, fim_rate), packed(heldout, 0.0)
@@ -87,6 +91,7 @@ def build_dataset(
       "seq_len": seq_len,
       "heldout_fraction": heldout_fraction,
       "fim_rate": fim_rate,
+      "first_token": first_token,
       "seed": seed,
       "content_hash": _content_hash(train + heldout),
       "train": _describe(train, train_rows),

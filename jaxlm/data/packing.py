@@ -25,12 +25,16 @@ class Rows:
     starts: stream position of each document's first token, rising.
     seq_len: T, the length of a row.
     end_of_document: the token after each document, and the padding.
+    first_token: whether each row's first input is `end_of_document` in place
+      of the text's own token, as GPT-2 begins with <|endoftext|>: a token that
+      says nothing, where all queries find it. Targets stay what they are.
   """
 
   stream: np.ndarray
   starts: np.ndarray
   seq_len: int
   end_of_document: int
+  first_token: bool = False
 
   def __len__(self) -> int:
     return -(-(len(self.stream) - 1) // self.seq_len)
@@ -39,6 +43,8 @@ class Rows:
   def fingerprint(self) -> str:
     """A hash of everything that decides the rows' content."""
     digest = hashlib.sha256(f"{self.seq_len},{self.end_of_document}".encode())
+    if self.first_token:
+      digest.update(b",first_token")
     for array in (self.stream, self.starts):
       digest.update(str(array.dtype).encode())
       digest.update(array)
@@ -71,12 +77,15 @@ class Rows:
     stream_BS = self.stream[np.minimum(position_BS, len(self.stream) - 1)]
     stream_BS = np.where(real_BS, stream_BS, self.end_of_document)
     stream_BS = stream_BS.astype(np.int32)
+    tokens_BT, targets_BT = stream_BS[:, :-1], stream_BS[:, 1:]
+    if self.first_token:
+      tokens_BT[:, 0] = self.end_of_document
     document_BS = np.searchsorted(self.starts, position_BS, side="right")
     segment_BS = (document_BS - document_BS[:, :1] + 1) * real_BS
     same_BT = document_BS[:, 1:] == document_BS[:, :-1]
     return {
-        "tokens": stream_BS[:, :-1],
-        "targets": stream_BS[:, 1:],
+        "tokens": tokens_BT,
+        "targets": targets_BT,
         "segment_ids": segment_BS[:, :-1].astype(np.int32),
         "mask": same_BT & real_BS[:, 1:],
     }
@@ -98,6 +107,7 @@ def pack(
     *,
     end_of_document: int,
     vocab_size: int,
+    first_token: bool = False,
 ) -> Rows:
   """Packs tokenized documents (without end_of_document) into `Rows`."""
   if seq_len < 1:
@@ -123,5 +133,6 @@ def pack(
   if num_tokens < 2:
     raise ValueError("no tokens to pack: the documents are empty")
   return Rows(
-      np.concatenate(parts), np.asarray(starts), seq_len, end_of_document
+      np.concatenate(parts), np.asarray(starts), seq_len, end_of_document,
+      first_token,
   )

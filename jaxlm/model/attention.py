@@ -16,6 +16,7 @@ class Attention(nn.Module):
   residual_scale: float
   implementation: str
   fsdp: bool = True
+  fp8: bool = False
 
   @nn.compact
   def __call__(self, x_BTD, context, cache=None):
@@ -71,8 +72,9 @@ class Attention(nn.Module):
         bias = weight(self, f"{name}_bias", (heads, config.head_dim),
                       axes[1:], nn.initializers.zeros)
       biases.append(bias)
-    return [y if bias is None else y + bias.astype(y.dtype) for y, bias in
-            zip(linear.columns(x_BTD, weights, self.fsdp), biases)]
+    products = linear.columns(x_BTD, weights, self.fsdp, self.fp8)
+    return [y if bias is None else y + bias.astype(y.dtype)
+            for y, bias in zip(products, biases)]
 
   def _project_out(self, o_BTNH, d_model):
     config = self.config
@@ -80,7 +82,7 @@ class Attention(nn.Module):
     w_NHD = weight(self, "o_proj",
                    (config.num_heads, config.head_dim, d_model), axes,
                    fan_in(self.residual_scale, axis=(-3, -2)))
-    y_BTD = linear.rows(o_BTNH, w_NHD, axes, self.fsdp)
+    y_BTD = linear.rows(o_BTNH, w_NHD, axes, self.fsdp, self.fp8)
     if "o" in config.biases:
       bias = weight(self, "o_bias", (d_model,), ("norm",),
                     nn.initializers.zeros)

@@ -5,6 +5,8 @@ one latent a token. A sequence is attended in heads expanded from it; decoding
 moves that expansion to the query and to the output instead ("absorbs" it), so
 that the heads read the latents themselves.
 """
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -16,15 +18,16 @@ from jaxlm.parallel import context as sequences, linear, mesh
 from pallas_kernels.windowed_attention import cached_attention
 
 
-def expand(latents, projections):
+def expand(latents, projections, fp8: bool = False):
   """Keys [B, S, N, H] and values of all heads, of what they have in common.
 
   Args:
     latents: latent_BSR and rope_key_BSH.
     projections: k_proj_RNH and v_proj_RNH.
+    fp8: as in `linear.product`.
   """
   latent_BSR, rope_key_BSH = latents
-  k_nope_BSNH, v_BSNH = (jnp.einsum("BSR,RNH->BSNH", latent_BSR, w_RNH)
+  k_nope_BSNH, v_BSNH = (linear.product(latent_BSR, w_RNH, fp8)
                          for w_RNH in projections)
   k_rope_BSNH = jnp.broadcast_to(
       rope_key_BSH[:, :, None], (*k_nope_BSNH.shape[:3],
@@ -34,14 +37,14 @@ def expand(latents, projections):
 
 def expanded_attention(q_nope_BTNH, q_rope_BTNH, latent_BSR, rope_key_BSH,
                        k_proj_RNH, v_proj_RNH, *, scale, segment_ids_BS=None,
-                       implementation="auto"):
+                       implementation="auto", fp8=False):
   """Causal attention of a sequence; [B, T, N, v_head_dim]."""
   return sequences.attention(
       jnp.concatenate([q_nope_BTNH, q_rope_BTNH], -1),
       (latent_BSR, rope_key_BSH), (k_proj_RNH, v_proj_RNH), None,
       segment_ids_BS,
       sequences.Options(None, scale, implementation=implementation,
-                        expand=expand),
+                        expand=functools.partial(expand, fp8=fp8)),
       keys_axes=2 * (("batch", "length", "latent"),),
       weights_axes=2 * (("latent", "heads", "head_dim"),))
 
@@ -74,6 +77,7 @@ class MLA(nn.Module):
   residual_scale: float
   implementation: str
   fsdp: bool = True
+  fp8: bool = False
 
   @nn.compact
   def __call__(self, x_BTD, context, cache=None):
@@ -113,7 +117,7 @@ class MLA(nn.Module):
     return expanded_attention(
         q_nope, q_rope, latent_BTR, rope_key_BTH, k_proj, v_proj,
         scale=self.config.query_scale, segment_ids_BS=segment_ids_BT,
-        implementation=self.implementation)
+        implementation=self.implementation, fp8=self.fp8)
 
   def _norm(self, name):
     return Norm(NormConfig(eps=self.config.norm_eps), name=name)
@@ -126,12 +130,12 @@ class MLA(nn.Module):
     else:
       axes = "embed", "latent"
       w_DR = weight(self, "q_a_proj", (d_model, config.q_rank), axes, fan_in())
-      q_BTR, = linear.columns(x_BTD, [(w_DR, axes)], self.fsdp)
+      q_BTR, = linear.columns(x_BTD, [(w_DR, axes)], self.fsdp, self.fp8)
       q_BTR = self._norm("q_a_norm")(q_BTR)
       name, axes = "q_b_proj", ("latent", "heads", "head_dim")
     w_RNH = weight(self, name, (q_BTR.shape[-1], *heads), axes,
                    fan_in(axis=-3))
-    return linear.columns(q_BTR, [(w_RNH, axes)], self.fsdp)[0]
+    return linear.columns(q_BTR, [(w_RNH, axes)], self.fsdp, self.fp8)[0]
 
   def _latents(self, x_BTD, table):
     """The latent, normalised, and the heads' common rotary key."""
@@ -139,7 +143,7 @@ class MLA(nn.Module):
     w_DR = weight(self, "kv_a_proj", (x_BTD.shape[-1],
                                       config.kv_rank + config.rope_head_dim),
                   axes, fan_in())
-    key_BTR, = linear.columns(x_BTD, [(w_DR, axes)], self.fsdp)
+    key_BTR, = linear.columns(x_BTD, [(w_DR, axes)], self.fsdp, self.fp8)
     latent_BTR, rope_key_BTH = jnp.split(key_BTR, [config.kv_rank], -1)
     rope_key_BTH = rotate(rope_key_BTH[:, :, None], table,
                           config.rope.interleaved)[:, :, 0]
@@ -150,4 +154,4 @@ class MLA(nn.Module):
     w_NHD = weight(self, "o_proj",
                    (self.config.num_heads, self.config.v_head_dim, d_model),
                    axes, fan_in(self.residual_scale, axis=(-3, -2)))
-    return linear.rows(o_BTNH, w_NHD, axes, self.fsdp)
+    return linear.rows(o_BTNH, w_NHD, axes, self.fsdp, self.fp8)

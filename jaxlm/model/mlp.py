@@ -65,6 +65,7 @@ class MLP(nn.Module):
   config: MLPConfig
   residual_scale: float
   fsdp: bool = True
+  fp8: bool = False
 
   @nn.compact
   def __call__(self, x_BTD):
@@ -82,10 +83,11 @@ class MLP(nn.Module):
       first, first_bias = (None if x is None else
                            x.reshape(*x.shape[:-1], 2, config.d_ff)
                            for x in (first, first_bias))
-    h, = linear.columns(x_BTD, [(first, axes)], self.fsdp)
+    h, = linear.columns(x_BTD, [(first, axes)], self.fsdp, self.fp8)
     if first_bias is not None:
       h += first_bias.astype(dtype)
     h = (_gated(h[..., 0, :], h[..., 1, :], config) if halves
          else activate(h, config))
-    y_BTD = linear.rows(h, down, ("mlp", "embed"), self.fsdp)
+    y_BTD = linear.rows(h, down, ("mlp", "embed"), self.fsdp,
+                         self.fp8)
     return y_BTD if down_bias is None else y_BTD + down_bias.astype(dtype)

@@ -14,7 +14,8 @@ class MoE(nn.Module):
   """`noise_key` draws noisy top-k's noise; None while not training.
 
   Under a mesh of several devices `dispatch`, `capacity_factor` and `fsdp` say
-  how tokens meet experts, see `Execution`.
+  how tokens meet experts, see `Execution`; `fp8` simulates it, but for the
+  router.
   """
   config: MoEConfig
   residual_scale: float
@@ -22,6 +23,7 @@ class MoE(nn.Module):
   dispatch: str = "auto"
   capacity_factor: float = 1.25
   fsdp: bool = True
+  fp8: bool = False
 
   @nn.compact
   def __call__(self, x_BTD, noise_key=None) -> tuple[jax.Array, RouterOutput]:
@@ -32,16 +34,17 @@ class MoE(nn.Module):
     if mesh.current() is None or mesh.current().size == 1:
       x_TD = x_BTD.reshape(-1, d_model)
       routing, output = route(
-          config, **router_inputs(config.router, router, x_TD), key=noise_key)
+          config, **router_inputs(config.router, router, x_TD), key=noise_key,
+          num_sequences=len(x_BTD))
       y_BTD = experts(x_TD, routing, weights, config.expert,
-                      self.implementation).reshape(x_BTD.shape)
+                      self.implementation, self.fp8).reshape(x_BTD.shape)
     else:
       y_BTD, output = expert.layer(
           config, x_BTD, router, weights, noise_key,
           implementation=self.implementation, scheme=self.dispatch,
-          capacity_factor=self.capacity_factor, fsdp=self.fsdp)
+          capacity_factor=self.capacity_factor, fsdp=self.fsdp, fp8=self.fp8)
     if config.shared is not None:
-      y_BTD += MLP(config.shared, self.residual_scale, self.fsdp,
+      y_BTD += MLP(config.shared, self.residual_scale, self.fsdp, self.fp8,
                    name="shared")(x_BTD)
     return y_BTD, output
 

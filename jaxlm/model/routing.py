@@ -51,6 +51,8 @@ class Sums(typing.NamedTuple):
   log_squares: of the logsumexps of logits.
   smooth_load_E: `smooth_load`, where there is noise.
   taken: tokens that were not dropped.
+  sequence: probabilities of experts for each token, times their shares of the
+    rows of its sequence, where tokens choose.
   """
   rows_E: jax.Array
   importance_E: jax.Array
@@ -58,6 +60,7 @@ class Sums(typing.NamedTuple):
   log_squares: jax.Array
   smooth_load_E: jax.Array | None
   taken: jax.Array | int
+  sequence: jax.Array | None
 
 
 def router_inputs(config: RouterConfig, router: dict, x_TD) -> dict:
@@ -75,10 +78,12 @@ def router_inputs(config: RouterConfig, router: dict, x_TD) -> dict:
 
 
 def route(config: MoEConfig, logits_TE, *, balance_bias_E=None,
-          noise_scale_TE=None, key=None) -> tuple[Routing, RouterOutput]:
+          noise_scale_TE=None, key=None,
+          num_sequences: int = 1) -> tuple[Routing, RouterOutput]:
   """Routes tokens by their router logits, as `config.router` says.
 
   Args:
+    logits_TE: of `num_sequences` sequences of one length, one after the other.
     balance_bias_E: added to the scores for the choice alone.
     noise_scale_TE: noisy top-k's softplus(x W_noise).
     key: with it, noisy top-k draws its noise (training); without, it does not.
@@ -86,6 +91,7 @@ def route(config: MoEConfig, logits_TE, *, balance_bias_E=None,
   clean_TE = logits_TE = logits_TE.astype(jnp.float32)
   noise_TE = draw_noise(config, key, logits_TE.shape)
   num_tokens = taken = len(logits_TE)
+  rows_BE = None
   if config.router.kind == "expert_choice":
     routing = expert_choice(config, logits_TE)
     taken_T = jnp.zeros(num_tokens, bool).at[routing.token_M].set(True)
@@ -95,8 +101,9 @@ def route(config: MoEConfig, logits_TE, *, balance_bias_E=None,
       logits_TE = clean_TE + noise_TE * noise_scale_TE
     expert_TA, weight_TA = choose(config, logits_TE, balance_bias_E)
     routing = sort_by_expert(expert_TA, weight_TA, config.num_experts)
+    rows_BE = count_rows(expert_TA, num_sequences, config.num_experts)
   sums = sum_up(config, logits_TE, routing.group_sizes_E,
-                _importance(routing, config.num_experts), taken)
+                _importance(routing, config.num_experts), taken, rows_BE)
   if noise_TE is not None:
     sums = sums._replace(smooth_load_E=smooth_load(
         clean_TE, logits_TE, noise_scale_TE, config.experts_per_token))
@@ -110,15 +117,28 @@ def draw_noise(config: MoEConfig, key, shape):
   return None
 
 
-def sum_up(config: MoEConfig, logits_TE, rows_E, importance_E,
-           taken) -> Sums:
-  """All but the smooth load."""
+def count_rows(expert_TA, num_sequences: int, num_experts: int):
+  """Rows that each expert gets of each sequence, int32 [B, E]."""
+  expert_BM = expert_TA.reshape(num_sequences, -1)
+  return jnp.sum(expert_BM[..., None] == jnp.arange(num_experts), 1,
+                 dtype=jnp.int32)
+
+
+def sum_up(config: MoEConfig, logits_TE, rows_E, importance_E, taken,
+           rows_BE=None) -> Sums:
+  """All but the smooth load. `rows_BE`: of the whole of each sequence, though
+  the tokens may be a part of it; None where experts choose."""
   probs_TE = _scores(config, logits_TE)
   if config.router.kind == "sigmoid_topk":
     probs_TE /= jnp.sum(probs_TE, -1, keepdims=True) + 1e-20
+  sequence = None
+  if rows_BE is not None:
+    share_BE = rows_BE / jnp.sum(rows_BE, -1, keepdims=True)
+    sequence = jnp.sum(share_BE * jnp.sum(
+        probs_TE.reshape(len(rows_BE), -1, config.num_experts), 1))
   return Sums(rows_E.astype(jnp.float32), importance_E, jnp.sum(probs_TE, 0),
               jnp.sum(jnp.square(jax.nn.logsumexp(logits_TE, -1))),
-              None, taken)
+              None, taken, sequence)
 
 
 def report(config: MoEConfig, sums: Sums, num_tokens: int) -> RouterOutput:
@@ -251,6 +271,9 @@ def balancing_losses(config: MoEConfig, sums: Sums,
     mean of the full softmax (Fedus et al. 2021, equation 4), or of sigmoids
     over their sum (arXiv 2412.19437, equation 19); 1 when uniform, whatever
     the number of experts per token.
+  sequence: the same of each sequence by itself, averaged over them (equations
+    17 to 20; f_i counts the rows as they were routed, the balance bias
+    included), where tokens choose.
   router_z: mean of logsumexp(logits)^2 (ST-MoE, equation 5).
   """
   share_E = sums.rows_E / jnp.sum(sums.rows_E)
@@ -260,6 +283,8 @@ def balancing_losses(config: MoEConfig, sums: Sums,
           share_E * (sums.probs_E / num_tokens)),
       "router_z": sums.log_squares / num_tokens,
   }
+  if sums.sequence is not None:
+    losses["sequence"] = config.num_experts * sums.sequence / num_tokens
   if sums.smooth_load_E is not None:
     losses["cv_load"] = squared_cv(sums.smooth_load_E)
   return losses

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.config import LayerKind, MLAConfig, ModelConfig, Stack, stacks
+from jaxlm.model import simulated
 from jaxlm.model.attention import Attention
 from jaxlm.model.cache import Cache
 from jaxlm.model.layers import Norm, dropout, fan_in, soft_cap, weight
@@ -52,7 +53,7 @@ TOKENS = ("batch", "length", None)
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-  """How a model is run; none of it changes what it computes.
+  """How a model is run; none of it but `simulate` changes what it computes.
 
   dtype: of activations. remat: what the backward pass computes again: "none",
   "dots" (all but matmuls), "full" (whole layers) or "arrived" (the same, but
@@ -60,6 +61,15 @@ class Execution:
   for all layers of a run (quick to compile), or one for each (faster on the
   CPU). attention, experts: the implementations of `pallas_kernels`' two
   operations.
+
+  simulate: numbers of few bits, to train or to evaluate with. Values are
+  rounded to them in the forward pass, gradients go straight through to the
+  parameters, and matmuls are of floats as always.
+    "mxfp4_experts": the matrices of experts, as `MXFP4.quantize` rounds them.
+      The model computes what it does with these experts quantized.
+    "fp8": what linear layers multiply, in the backward pass too, all but the
+      router and the unembedding: FP8 training after arXiv 2412.19437, section
+      3.3, see `simulated.fp8_matmul`.
 
   Under a mesh: fsdp says that weights are split over the axes of the batch
   too, and gathered as they are used (else they stay, as decoding wants).
@@ -78,6 +88,7 @@ class Execution:
   dispatch: str = "auto"
   capacity_factor: float = 1.25
   microbatches: int = 0
+  simulate: str = "none"
 
   def __post_init__(self):
     if self.remat not in REMAT_POLICIES:
@@ -92,6 +103,13 @@ class Execution:
     if not self.capacity_factor > 0:
       raise ValueError(f"capacity_factor={self.capacity_factor}: must be "
                        "positive")
+    if self.simulate not in simulated.SIMULATIONS:
+      raise ValueError(f"simulate={self.simulate!r}: use one of "
+                       f"{simulated.SIMULATIONS}")
+
+  @property
+  def fp8(self) -> bool:
+    return self.simulate == "fp8"
 
 
 class Context(typing.NamedTuple):
@@ -141,19 +159,20 @@ class Layer(nn.Module):
     if self.kind.moe:
       y, router = MoE(config.moe, residual_scale, execution.experts,
                       execution.dispatch, execution.capacity_factor,
-                      execution.fsdp, name="moe")(y, keys[2])
+                      execution.fsdp, execution.fp8, name="moe")(y, keys[2])
     else:
-      y = MLP(config.mlp, residual_scale, execution.fsdp, name="mlp")(y)
+      y = MLP(config.mlp, residual_scale, execution.fsdp, execution.fp8,
+              name="mlp")(y)
     return add(x_BTD, y, "mlp_post_norm", keys[1]), router, cache
 
   def _attention(self, residual_scale):
     config, execution = self.config, self.execution
     if isinstance(config.attention, MLAConfig):
       return MLA(config.attention, residual_scale, execution.attention,
-                 execution.fsdp, name="attention")
+                 execution.fsdp, execution.fp8, name="attention")
     return Attention(config.attention, self.kind.attention, config.norm,
                      residual_scale, execution.attention, execution.fsdp,
-                     name="attention")
+                     execution.fp8, name="attention")
 
 
 class Period(nn.Module):
@@ -300,9 +319,10 @@ def forward(config: ModelConfig, params: dict, tokens_BT, *,
     key: turns on what belongs to training alone (dropout, router noise).
 
   Raises:
-    ValueError: more tokens than learned positions.
+    ValueError: more tokens than learned positions, or nothing to simulate.
   """
   context = make_context(config, tokens_BT, positions_BT, segment_ids_BT, key)
+  params = simulated.parameters(params, execution.simulate)
   if axis_size("stage") > 1:
     return _forward_in_stages(config, params, tokens_BT, context, execution)
   if execution.scan_layers and "layers" not in params:
@@ -408,7 +428,14 @@ def forward_with_cache(config: ModelConfig, params: dict,
       empty cache.
     positions_BT: int32, where the tokens stand; -1 marks padding, which may
       stand to the left of a prompt.
+
+  Raises:
+    ValueError: `execution` simulates something.
   """
+  if execution.simulate != "none":
+    raise ValueError(f"execution.simulate={execution.simulate!r} is of whole "
+                     "sequences, not of decoding: use 'none', and parameters "
+                     "that are quantized")
   params = per_layer(config, params)
   segment_ids_BT = None
   if tokens_BT.shape[1] > 1:

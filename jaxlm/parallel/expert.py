@@ -26,7 +26,7 @@ from pallas_kernels.quant import is_quantized
 
 def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
           implementation: str = "auto", scheme: str = "auto",
-          capacity_factor: float = 1.25, fsdp: bool = True):
+          capacity_factor: float = 1.25, fsdp: bool = True, fp8: bool = False):
   """What one device would compute, whatever the mesh that is set.
 
   Args:
@@ -36,6 +36,7 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
     weights: the experts', as `mlp_weights` gives them.
     key: draws noisy top-k's noise; None while not training.
     scheme: one of `schemes.SCHEMES`, or "auto".
+    fp8: as in `experts.of_rows`.
 
   Returns:
     y_BTD, and the `RouterOutput` of the whole batch.
@@ -54,7 +55,7 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
       split=AXIS in split, capacity_factor=capacity_factor,
       columns=mesh.axis_size("tensor") if laid_out.whole else 1,
       compute=functools.partial(experts.of_rows, expert=config.expert,
-                                implementation=implementation))
+                                implementation=implementation, fp8=fp8))
   noise_BTE = routing.draw_noise(config, key, (*batch, config.num_experts))
 
   def local(x_BTD, noise_BTE, router, weights):
@@ -67,7 +68,8 @@ def layer(config: MoEConfig, x_BTD, router: dict, weights, key, *,
                                     split)
       run, noisy_TE = dispatch.run_chosen, None
     else:
-      choice, sums, noisy_TE = _token_choice(config, inputs, noise_BTE, plan)
+      choice, sums, noisy_TE = _token_choice(
+          config, inputs, noise_BTE, len(x_BTD), plan, split)
       run = dispatch.run
     # From here on all differs from device to device, so that gradients are
     # summed here, where they are smallest. Stages have other layers' tokens.
@@ -97,7 +99,8 @@ def _token_axes(num_sequences: int, length: int):
   return batch, context if length % mesh.axis_size(*context) == 0 else ()
 
 
-def _token_choice(config, inputs, noise_TE, plan: dispatch.Plan):
+def _token_choice(config, inputs, noise_TE, num_sequences: int,
+                  plan: dispatch.Plan, split):
   """Who goes where, of a device's own tokens, sums for the report and, where
   there is noise, what smooth loads are of."""
   clean_TE = logits_TE = inputs["logits_TE"]
@@ -107,7 +110,8 @@ def _token_choice(config, inputs, noise_TE, plan: dispatch.Plan):
   expert_TA, weight_TA = routing.choose(config, logits_TE,
                                         inputs.get("balance_bias_E"))
   hit_TAE = expert_TA[..., None] == jnp.arange(config.num_experts)
-  rows_E = jnp.sum(hit_TAE, (0, 1), dtype=jnp.int32)
+  rows_BE = routing.count_rows(expert_TA, num_sequences, config.num_experts)
+  rows_E = jnp.sum(rows_BE, 0)
   importance_E = jnp.sum(jnp.where(hit_TAE, weight_TA[..., None], 0), (0, 1))
   taken = jnp.float32(len(logits_TE))
   if plan.scheme == "capacity":
@@ -115,8 +119,12 @@ def _token_choice(config, inputs, noise_TE, plan: dispatch.Plan):
   noisy_TE = None
   if noise_TE is not None:
     noisy_TE = clean_TE, logits_TE, scale_TE
+  # A device may have but a part of its sequences.
+  rows_BE = lax.psum(rows_BE, tuple(name for name in mesh.RULES["length"]
+                                    if name in split))
   return ((expert_TA, weight_TA),
-          routing.sum_up(config, logits_TE, rows_E, importance_E, taken),
+          routing.sum_up(config, logits_TE, rows_E, importance_E, taken,
+                         rows_BE),
           noisy_TE)
 
 

@@ -69,7 +69,8 @@ def train(model_config: ModelConfig, train_config: TrainConfig,
   parameters, order of the data and noise. The same call continues a run that
   was stopped, from its newest good checkpoint; a finished run trains no more.
 
-  WORKDIR/seed_N/ gets metrics.jsonl and TensorBoard files;
+  WORKDIR/seed_N/ gets metrics.jsonl and TensorBoard files; a line of an
+  evaluation has the experts' `load` [L][E] on the held-out batches.
   WORKDIR/seed_N/checkpoints (or seeds_N_M.../checkpoints) the checkpoints.
 
   With several processes (`jaxlm.parallel.multihost`) each makes this call and
@@ -244,10 +245,12 @@ class _Run:
         for entry, result in zip(entries, self.evaluation):
           entry["eval_loss"] = result.loss
           entry["eval_bits_per_byte"] = result.bits_per_byte
+          if result.router is not None:
+            entry["load"] = result.router.load
         self.clock = None
       self._report(step, entries, evaluation is not None)
 
-  def _entry(self, step: int, i: int, metrics) -> dict[str, float]:
+  def _entry(self, step: int, i: int, metrics) -> dict[str, Any]:
     """What is told of a step and the i-th seed; raises Diverged."""
     if len(self.seeds) > 1:
       metrics = {name: value[i] for name, value in metrics.items()}
@@ -273,7 +276,7 @@ class _Run:
       self.rates = []
     if self.on_step is not None:
       shown = {name: statistics.fmean(entry[name] for entry in entries)
-               for name in entries[0] if name != "step"}
+               for name in entries[0] if name not in ("step", "load")}
       if rate is not None:
         shown["tokens_per_second"] = rate
       self.on_step(step, shown)

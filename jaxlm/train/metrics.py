@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import statistics
+from typing import Any
 
 import tensorboardX
 
@@ -31,8 +32,8 @@ class MetricsWriter:
           str(directory), purge_step=step + 1, filename_suffix=f".{step}")
     self.kept = everyone(self.kept)[0]
 
-  def write(self, entry: dict[str, float]) -> None:
-    """One line; everything in it but `step` becomes a scalar."""
+  def write(self, entry: dict[str, Any]) -> None:
+    """One line; each number in it but `step` becomes a scalar."""
     self.kept.append(entry)
     if self._file is None:
       return
@@ -45,7 +46,7 @@ class MetricsWriter:
                        "and run again, it continues from the last "
                        "checkpoint") from error
     for name, value in entry.items():
-      if name != "step":
+      if name != "step" and isinstance(value, (int, float)):
         self._events.add_scalar(name, value, entry["step"])
 
   def flush(self) -> None:

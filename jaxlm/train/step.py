@@ -9,27 +9,30 @@ import optax
 from jaxlm.config import ModelConfig, stacks
 from jaxlm.model.routing import (BALANCE_RULES, load_statistics,
                                  updated_balance_bias)
+from jaxlm.model.simulated import SIMULATIONS
 from jaxlm.model.transformer import (Execution, forward, init_params,
                                      per_layer)
 from jaxlm.train.loss import next_token_loss
 from jaxlm.train.optimizer import (OptimizerConfig, learning_rate_schedule,
                                    make_optimizer)
 
-BALANCING_LOSSES = ("cv_importance", "cv_load", "switch", "router_z")
+BALANCING_LOSSES = ("cv_importance", "cv_load", "switch", "sequence",
+                    "router_z")
 
 
 @dataclasses.dataclass(frozen=True)
 class Balancing:
   """What keeps the experts' loads even.
 
-  cv_importance, cv_load, switch, router_z: weights of the router's losses
-  (`jaxlm.model.routing`), each a mean over the expert layers. bias_rule: None,
-  "sign" or "proportional" moves the bias of the choice after each step, by
-  `bias_rate` (arXiv 2408.15664).
+  cv_importance, cv_load, switch, sequence, router_z: weights of the router's
+  losses (`jaxlm.model.routing`), each a mean over the expert layers.
+  bias_rule: None, "sign" or "proportional" moves the bias of the choice after
+  each step, by `bias_rate` (arXiv 2408.15664).
   """
   cv_importance: float = 0.0
   cv_load: float = 0.0
   switch: float = 0.0
+  sequence: float = 0.0
   router_z: float = 0.0
   bias_rule: str | None = None
   bias_rate: float = 0.001
@@ -62,6 +65,9 @@ class TrainConfig:
   keep_best: besides, those of the least eval_loss, of steps that were
   evaluated. log_every: steps between lines of metrics, besides evaluations and
   the last step.
+  eval_simulate: what evaluations simulate, as `Execution.simulate` does; None
+  is what training does. So a run in float32 can be evaluated with its experts
+  in MXFP4.
   spike_factor: a loss above this many times the median of the steps before it
   (and above this many nats) ends the run; 0 lets every finite loss pass.
   """
@@ -75,6 +81,7 @@ class TrainConfig:
   z_loss: float = 0.0
   eval_every: int = 0
   eval_batches: int = 16
+  eval_simulate: str | None = None
   log_every: int = 10
   checkpoint_every: int = 0
   keep: int = 2
@@ -100,7 +107,16 @@ class TrainConfig:
     if self.execution.dtype == "float16":
       raise ValueError("train execution.dtype='float16' needs the loss to be "
                        "scaled: use 'bfloat16' or 'float32'")
+    if self.eval_simulate not in (None, *SIMULATIONS):
+      raise ValueError(f"train eval_simulate={self.eval_simulate!r}: use None "
+                       f"or one of {SIMULATIONS}")
     learning_rate_schedule(self.optimizer, self.steps)
+
+  @property
+  def eval_execution(self) -> Execution:
+    if self.eval_simulate is None:
+      return self.execution
+    return dataclasses.replace(self.execution, simulate=self.eval_simulate)
 
 
 class TrainState(typing.NamedTuple):
@@ -127,6 +143,11 @@ def check_together(model_config: ModelConfig, train_config: TrainConfig):
                      "router.kind='noisy_topk', whose noise makes the load "
                      f"smooth, not {moe.router.kind!r}: use switch or "
                      "cv_importance")
+  if balancing.sequence and moe.router.kind == "expert_choice":
+    raise ValueError(f"balancing sequence={balancing.sequence} needs tokens "
+                     "that choose their experts, and with router.kind="
+                     "'expert_choice' experts choose their tokens: leave it "
+                     "out")
   if balancing.bias_rule and not moe.router.balance_bias:
     raise ValueError(f"balancing bias_rule={balancing.bias_rule!r} needs "
                      "router.balance_bias=True: there is no bias to move")
@@ -247,7 +268,7 @@ def eval_step(model_config: ModelConfig, train_config: TrainConfig,
               params: dict, batch: dict) -> dict:
   """Sums over a batch: nats and targets; load [L, E] and dropped, its means."""
   output = forward(model_config, params, batch["tokens"],
-                   execution=train_config.execution,
+                   execution=train_config.eval_execution,
                    segment_ids_BT=batch["segment_ids"])
   nats, targets = next_token_loss(model_config, params, output.hidden_BTD,
                                   batch["targets"], batch["mask"],

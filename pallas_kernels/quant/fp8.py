@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.quant.leaf import (Quantized, leaf, map_matrices,
-                                       map_outputs, rows_of)
+from pallas_kernels.quant.leaf import (Quantized, exponent_of, leaf,
+                                       map_matrices, map_outputs, power_of_two,
+                                       rows_of)
 
 BLOCK = 128
 # Looking up is four times as fast as ml_dtypes' conversion.
@@ -97,6 +98,29 @@ class FP8(Quantized):
     return cls(*map_matrices(lambda w: map_outputs(_quantize, w, BLOCK), w))
 
 
+def round_to_fp8(x, rows: int = BLOCK):
+  """[..., m, n] in blocks of `rows` by 128, each rounded as `FP8.quantize`
+  rounds its, in x's dtype and within jit.
+
+  128 rows give what `FP8.quantize(x)` dequantizes to, one row the tiles that
+  activations are scaled by (arXiv 2412.19437, section 3.3.2). Results below
+  2^-126 are zero where arithmetic flushes such floats, as XLA's does on a CPU;
+  what is not finite stays.
+  """
+  *lead, m, n = x.shape
+  pad = [(0, 0)] * len(lead) + [(0, -m % rows), (0, -n % BLOCK)]
+  y = jnp.pad(x.astype(jnp.float32), pad)
+  blocks = y.reshape(*lead, y.shape[-2] // rows, rows, -1, BLOCK)
+  exponent = _scale_exponents(jnp.abs(blocks).max((-3, -1), keepdims=True))
+  v = blocks * power_of_two(-exponent)
+  # E4M3 has three bits after the first, and from 2^-6 down even steps. Said in
+  # arithmetic, for XLA may drop a cast and its inverse.
+  step = (exponent_of(jnp.abs(v)) - 3).clip(-9)
+  v = jnp.rint(v * power_of_two(-step)) * power_of_two(step)
+  y = (v * power_of_two(exponent)).reshape(y.shape)
+  return y[..., :m, :n].astype(x.dtype)
+
+
 def _spread(scales, shape, xp):
   """Scales of blocks [..., a, b] to those of elements, [..., *shape]."""
   scales = xp.repeat(scales, BLOCK, -2)[..., :shape[0], :]
@@ -113,12 +137,16 @@ def _quantize(w) -> tuple[np.ndarray, np.ndarray]:
   columns = np.arange(0, w.shape[1], BLOCK)
   largest = np.maximum.reduceat(np.abs(w), rows, 0)
   largest = np.maximum.reduceat(largest, columns, 1)
-  # 464 is half way from 448 to the next step, and rounds to 448.
-  fraction, exponent = np.frexp(largest.astype(np.float64) / 464)
-  exponent = np.where(fraction == 0.5, exponent - 1, exponent)
-  # Below 2^-126 a scale is no normal float32. Zeros have that one too, for
-  # what is tiny becomes zero.
-  exponent = np.where(largest > 0, np.maximum(exponent, -126), -126)
-  scales = np.ldexp(np.float32(1), exponent)
+  scales = power_of_two(_scale_exponents(largest))
   values = w / _spread(scales, w.shape, np)
   return values.astype(ml_dtypes.float8_e4m3fn), scales
+
+
+def _scale_exponents(largest):
+  """Of the largest magnitudes of blocks."""
+  # 464 is half way from 448 to the next step, and rounds to 448. What is above
+  # 464 / 512 of a power of two is raised past it.
+  raised = (largest.view(np.int32) + 0x17FFFF).view(np.float32)
+  # Below 2^-126 a scale is no normal float32. Zeros have that one too, for
+  # what is tiny becomes zero.
+  return (exponent_of(raised) - 8).clip(-126)

@@ -86,6 +86,17 @@ def rows_of(stack, expert, start, size: int):
                  (1, size, *stack.shape[2:]))[0]
 
 
+def exponent_of(x):
+  """floor(log2(x)) of positive float32, by their bits, for numpy and for jax;
+  -127 for what is below 2^-126, and for zero."""
+  return (x.view(np.int32) >> 23) - 127
+
+
+def power_of_two(exponent):
+  """Float32 of an int32 from -126 to 127, exact on every device."""
+  return (exponent + 127 << 23).view(np.float32)
+
+
 def is_quantized(x) -> bool:
   return isinstance(x, Quantized)
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.quant.leaf import (Quantized, leaf, map_matrices,
-                                       map_outputs, rows_of)
+from pallas_kernels.quant.leaf import (Quantized, exponent_of, leaf,
+                                       map_matrices, map_outputs, power_of_two,
+                                       rows_of)
 
 BLOCK = 32
 # E2M1: sign, two bits of exponent, one of mantissa.
@@ -105,6 +106,26 @@ class MXFP4(Quantized):
     return cls(*map_matrices(lambda w: map_outputs(_quantize, w, 32), w))
 
 
+def round_to_mxfp4(w):
+  """What `MXFP4.quantize(w)` dequantizes to, float32, within jit.
+
+  Where arithmetic flushes tiny floats to zero, as XLA's does on a CPU, it does
+  so with those of w and of the result below 2^-126. What is not finite stays.
+
+  Raises:
+    ValueError: w [..., in, out] cannot be MXFP4.
+  """
+  MXFP4.part_shapes(w.shape)
+  *lead, dim_in, dim_out = w.shape
+  x = w.astype(jnp.float32).reshape(*lead, -1, BLOCK, dim_out)
+  y = jnp.abs(x)
+  scale = _scale_bytes(y.max(-2, keepdims=True))
+  code = _codes(y * power_of_two(127 - scale), jnp)
+  # `VALUES`, a quarter of them, so that all factors are normal floats.
+  value = jnp.maximum(jnp.maximum(code / 2, code - 2), 2 * code - 8) / 4
+  return (jnp.copysign(value, x) * power_of_two(scale - 125)).reshape(w.shape)
+
+
 @functools.cache
 def _pairs(dtype: np.dtype) -> np.ndarray:
   """The two values of each byte under each scale, as one integer [65536]."""
@@ -159,13 +180,22 @@ def _quantize(w) -> tuple[np.ndarray, np.ndarray]:
   """[out, in] to blocks [out, in / 32, 16] and scales [out, in / 32]."""
   w = w.reshape(len(w), -1, BLOCK)
   y = np.abs(w)
-  largest = y.max(-1)
-  _, exponent = np.frexp(largest)  # of a fraction in [0.5, 1)
-  scale = np.where(largest > 0, np.maximum(exponent - 3, -127), -127)
-  y *= np.ldexp(np.float32(1), -scale)[..., None]
+  scale = _scale_bytes(y.max(-1))
+  y *= power_of_two(127 - scale)[..., None]
+  code = _codes(y, np).astype(np.uint8) | np.signbit(w) * np.uint8(8)
+  return code[..., ::2] | code[..., 1::2] << 4, scale.astype(np.uint8)
+
+
+def _scale_bytes(largest):
+  """int32, of the largest magnitudes of blocks."""
+  least = -127
+  return (exponent_of(largest) - 2).clip(least) - least
+
+
+def _codes(y, xp):
+  """Of magnitudes over their scale, as floats."""
   # The steps between codes are 0.5 below 2, 1 below 4, then 2.
-  code = np.rint(2 * y)
-  np.minimum(code, np.rint(y) + 2, out=code)
-  np.minimum(code, np.rint(y / 2) + 4, out=code)
-  code = np.minimum(code, 7).astype(np.uint8) | np.signbit(w) * np.uint8(8)
-  return code[..., ::2] | code[..., 1::2] << 4, (scale + 127).astype(np.uint8)
+  code = xp.rint(2 * y)
+  code = xp.minimum(code, xp.rint(y) + 2)
+  code = xp.minimum(code, xp.rint(y / 2) + 4)
+  return xp.minimum(code, 7)

@@ -182,6 +182,13 @@ def test_report_of_a_batch():
   np.testing.assert_allclose(report.load_E, chosen.sum(0) / chosen.sum(),
                              rtol=1e-6)
   assert report.dropped == 0
+  share_BE = chosen.reshape(BATCH, LENGTH, EXPERTS).mean(1) / PER_TOKEN
+  probs_TE = jax.nn.softmax(x.reshape(-1, D_MODEL) @ params["router"]
+                            + params["router_bias"])
+  probs_BE = np.mean(probs_TE.reshape(BATCH, LENGTH, EXPERTS), 1)
+  np.testing.assert_allclose(
+      report.losses["sequence"],
+      EXPERTS * np.mean(np.sum(share_BE * probs_BE, 1)), rtol=1e-5)
 
 
 def test_expert_choice_reports_who_was_dropped():

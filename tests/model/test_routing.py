@@ -170,6 +170,58 @@ def test_switch_loss_is_one_when_uniform(per_token):
   close(output.losses["cv_importance"], 0)
 
 
+def sequence_loss(config, logits, num_sequences, **kwargs):
+  return routing.route(config, jnp.array(logits), num_sequences=num_sequences,
+                       **kwargs)[1].losses["sequence"]
+
+
+def test_sequence_loss_by_hand():
+  # Of each token alone: 4 (.5) and 4 (.6); with two experts a token
+  # 4 (.5 + .25) / 2 and 4 (.2 + .6) / 2.
+  close(sequence_loss(moe("softmax_topk", 1), LOGITS, 2), (2 + 2.4) / 2)
+  close(sequence_loss(moe("topk_softmax", 2), LOGITS, 2), (1.5 + 1.6) / 2)
+  # One sequence is what the Switch loss takes the whole batch for.
+  close(sequence_loss(moe("softmax_topk", 1), LOGITS, 1),
+        4 * (.3 + .3625) / 2)
+
+
+def test_sequence_loss_sees_what_evens_out_over_a_batch():
+  # Five sequences of three tokens, each with an expert of its own.
+  logits = np.repeat(99 * np.eye(5, dtype=np.float32), 3, 0)
+  config = moe("softmax_topk", 1, 5)
+  close(routing.route(config, jnp.array(logits))[1].losses["switch"], 1)
+  close(sequence_loss(config, logits, 5), 5)
+  # A token of each in each sequence.
+  close(sequence_loss(config, 99 * np.tile(np.eye(5, dtype=np.float32),
+                                           (3, 1)), 3), 1)
+
+
+def test_sequence_loss_and_its_gradient_are_those_of_the_formula():
+  config = moe("sigmoid_topk", 2, 5, balance_bias=True)
+  random = np.random.default_rng(3)
+  logits = random.normal(size=(4 * 7, 5)).astype(np.float32)
+  bias = random.normal(scale=.2, size=5).astype(np.float32)
+
+  def formula(logits):
+    losses = []
+    for s_TE in 1 / (1 + jnp.exp(-logits.reshape(4, 7, 5))):
+      order_TE = np.argsort(-(jax.lax.stop_gradient(s_TE) + bias), -1)
+      f_E = np.bincount(order_TE[:, :2].reshape(-1), minlength=5) * 5 / 2 / 7
+      p_E = jnp.mean(s_TE / jnp.sum(s_TE, 1, keepdims=True), 0)
+      losses.append(f_E @ p_E)
+    return sum(losses) / 4
+
+  found = jax.value_and_grad(lambda logits: sequence_loss(
+      config, logits, 4, balance_bias_E=jnp.array(bias)))(logits)
+  for a, b in zip(found, jax.value_and_grad(formula)(jnp.array(logits))):
+    close(a, b, rtol=1e-5)
+
+
+def test_experts_that_choose_have_no_sequence_loss():
+  _, output = routing.route(moe("expert_choice"), jnp.array(LOGITS))
+  assert "sequence" not in output.losses
+
+
 def test_switch_loss_is_the_number_of_experts_when_collapsed():
   _, output = routing.route(moe("softmax_topk", 1, 5),
                             jnp.tile(jnp.array([0., 99, 0, 0, 0]), (6, 1)))

@@ -98,6 +98,8 @@ def test_values_gradients_and_statistics_are_those_of_one_device(sizes,
     found = everything(GPT_OSS, *inputs(GPT_OSS), scheme)
   assert_same(found, on_one_device(GPT_OSS))
   assert found[0][1].dropped == 0
+  losses = found[0][1].losses
+  assert losses["sequence"] > 1.01 * losses["switch"]  # it is another number
 
 
 @pytest.mark.parametrize("config, sizes, scheme", [

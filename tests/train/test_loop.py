@@ -80,6 +80,22 @@ def test_lines_of_metrics(whole):
   assert result.tokens_per_second > 0
 
 
+@pytest.mark.parametrize("seeds", [(7,), (3, 7)])
+def test_evaluations_tell_the_load_of_the_experts(tmp_path, seeds):
+  model = dataclasses.replace(toy.MOE, vocab_size=260)
+  config = dataclasses.replace(toy.TRAIN, steps=4, eval_every=2, log_every=1)
+  shown = []
+  results = train(model, config, toy.counting_data(), tmp_path, seeds=seeds,
+                  on_step=lambda _, metrics: shown.append(metrics))
+  for result in results:
+    found = lines(tmp_path, result.seed)
+    assert ["load" in entry for entry in found] == [False, True] * 2
+    assert found[-1]["load"] == result.router.load != found[1]["load"]
+    assert np.shape(result.router.load) == (2, 5)
+    np.testing.assert_allclose(np.sum(result.router.load, 1), 1, rtol=1e-6)
+  assert len(shown) == 4 and all("load" not in metrics for metrics in shown)
+
+
 def test_checkpoints_are_the_newest(whole):
   assert checkpoints(whole[0]) == [35, 40]
 

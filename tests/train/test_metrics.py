@@ -69,6 +69,16 @@ def test_events_hold_every_scalar_and_where_a_run_resumed(tmp_path):
   assert starts == [1, 3]  # from here on TensorBoard drops what came before
 
 
+def test_what_is_no_number_stands_in_its_line_alone(tmp_path):
+  entry = {"step": 2, "loss": 0.5, "tokens": 7, "load": [[0.25, 0.75]]}
+  writer = MetricsWriter(tmp_path)
+  writer.write(entry)
+  writer.close()
+  assert lines(tmp_path) == [entry]
+  assert [v.tag for e in events(tmp_path) for v in e.summary.value] == [
+      "loss", "tokens"]
+
+
 @pytest.mark.parametrize("loss, grad_norm, reason", [
     (float("nan"), 1.0, "loss is nan"), (float("inf"), 1.0, "loss is inf"),
     (2.0, float("nan"), "the gradient's norm is nan"),

@@ -104,8 +104,8 @@ def biases(params):
 
 
 BALANCED = dataclasses.replace(TRAIN, balancing=Balancing(
-    switch=1.0, router_z=0.1, cv_importance=0.1, bias_rule="sign",
-    bias_rate=0.02))
+    switch=1.0, sequence=0.1, router_z=0.1, cv_importance=0.1,
+    bias_rule="sign", bias_rate=0.02))
 
 
 def test_loss_free_bias_lowers_max_vio_of_a_skewed_router():
@@ -165,6 +165,9 @@ def test_refuses_a_train_config(changes, message):
      "seq_len=19 exceeds the model's max_positions=11"),
     (toy.DENSE, {"switch": 0.1}, "the model has no moe"),
     (toy.MOE, {"cv_load": 0.1}, "cv_load=0.1 needs router.kind='noisy_topk'"),
+    (dataclasses.replace(toy.MOE, moe=dataclasses.replace(
+        toy.MOE.moe, router=RouterConfig("expert_choice"))),
+     {"sequence": 0.1}, "sequence=0.1 needs tokens that choose"),
     (dataclasses.replace(toy.MOE, moe=dataclasses.replace(
         toy.MOE.moe, router=RouterConfig())), {"bias_rule": "sign"},
      "bias_rule='sign' needs router.balance_bias=True")])

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from pallas_kernels.quant import MXFP4
-from pallas_kernels.quant.mxfp4 import VALUES
+from pallas_kernels.quant.mxfp4 import VALUES, round_to_mxfp4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -104,6 +104,38 @@ def test_what_quantize_writes_comes_back_byte_for_byte(w):
     np.testing.assert_array_equal(again.scales, leaf.scales)
 
 
+jit_round = jax.jit(round_to_mxfp4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(hnp.arrays(np.float32, (2, 64, 3), elements=st.floats(
+    width=32, allow_nan=False, allow_infinity=False)))
+def test_rounds_within_jit_as_it_quantizes(w):
+  expected = MXFP4.quantize(w).dequantize("float32")
+  ours = np.asarray(jit_round(w))
+  # The CPU takes tiny values for zero.
+  tiny = (np.abs(w) < 2.0 ** -126) | (np.abs(expected) < 2.0 ** -126)
+  np.testing.assert_array_equal(bits(ours)[~tiny], bits(expected)[~tiny])
+  assert (np.abs(ours - expected)[tiny] <= 2.0 ** -126).all()
+
+
+@pytest.mark.parametrize("exponents", [(-3, 3), (-120, 120)])
+def test_rounds_random_blocks_within_jit_as_it_quantizes(exponents):
+  rng = np.random.default_rng(2)
+  w = np.ldexp(rng.normal(size=(3, 5, 96, 17)), rng.integers(
+      *exponents, (3, 5, 96, 17))).astype(np.float32)
+  expected = MXFP4.quantize(w).dequantize("float32")
+  np.testing.assert_array_equal(bits(jit_round(w)), bits(expected))
+
+
+def test_what_is_not_finite_stays_within_jit():
+  w = np.ones((64, 2), np.float32)
+  w[3, 0], w[5, 1] = np.nan, -np.inf
+  ours = np.asarray(jit_round(w))
+  assert np.isnan(ours[3, 0]) and ours[5, 1] == -np.inf
+  np.testing.assert_array_equal(ours[32:], 1)
+
+
 def test_rounds_to_the_nearest_ties_to_even_and_saturates():
   ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.9]
   expected = [0, 1, 1, 2, 2, 4, 4, 6]
@@ -113,6 +145,9 @@ def test_rounds_to_the_nearest_ties_to_even_and_saturates():
   w[:8, 0], w[8:16, 0], w[16:23, 0] = ties, -np.float32(ties), just
   for scale in (1, 2.0 ** -40, 2.0 ** 100):
     leaf = MXFP4.quantize(w * np.float32(scale))
+    np.testing.assert_array_equal(
+        bits(jit_round(w * np.float32(scale))),
+        bits(leaf.dequantize("float32")))
     x = leaf.dequantize("float32")[:, 0] / np.float32(scale)
     np.testing.assert_array_equal(x[:8], expected)
     np.testing.assert_array_equal(x[8:16], -np.float32(expected))
