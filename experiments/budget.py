@@ -110,9 +110,11 @@ def solve(make: Callable[..., ModelConfig], free: dict[str, Collection[int]],
 
 
 def fixed(config: ModelConfig, seq_len: int) -> Solution:
-  """A model whose dimensions are given, for arms that share it: nothing is
-  solved."""
-  return Solution(config, {}, {}, measure(config, seq_len), {})
+  """A model of given dimensions, for arms that share it: what parameters it
+  has are its targets."""
+  achieved = measure(config, seq_len)
+  targets = {name: achieved[name] for name in ("total_params", "active_params")}
+  return Solution(config, {}, targets, achieved, dict.fromkeys(targets, 0.0))
 
 
 def solve_arms(arms: dict[str, dict], **common) -> dict[str, Solution]:

@@ -77,12 +77,22 @@ def get_design(config) -> design.Design:
   return design.Design(
       "From GPT-2 to gpt-oss at equal active parameters: which step brought "
       "what?", names[0], solutions,
-      {name: STEPS[name] for name in names},
+      _descriptions(names),
       tuple(claim for claim in CLAIMS if set(claim.arms) <= set(names)), {
           "total_params": "learned positions are a table that is only looked "
           "up, and experts not visited are there all the same",
           "flops_per_token": "more query heads look at the context more "
           "often, those with a window at less of it"})
+
+
+def _descriptions(names):
+  """By arm the steps from the arm before it."""
+  found, steps = {}, []
+  for name, step in STEPS.items():
+    steps.append(step)
+    if name in names:
+      found[name], steps = "; ".join(steps), []
+  return found
 
 
 def _longest(config):

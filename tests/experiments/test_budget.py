@@ -241,3 +241,14 @@ def test_common_targets_that_do_not_exist():
     targets(0.01, {"d_model": [31, 33], "d_ff": [32]})
   with pytest.raises(ValueError, match="suit all arms: arm 'b' has 1 models"):
     targets(0.05, {"d_model": [33], "d_ff": [32]})
+
+
+def test_a_model_of_given_dimensions_is_held_equal_to_itself():
+  model = dense(2)(d_model=12, d_ff=5)
+  found = budget.fixed(model, SEQ_LEN)
+  assert found.config == model and not found.dims
+  assert found.achieved == measure(model, SEQ_LEN)
+  equal, _ = held({"a": found, "b": found})
+  assert {"total_params", "active_params"} <= {
+      item.quantity for item in equal}
+  assert not any(item.deviation for item in equal)

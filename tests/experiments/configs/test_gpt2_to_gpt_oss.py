@@ -66,6 +66,9 @@ def test_steps_left_out_are_made_with_the_next():
   config.model.arms = ("gqa", "rope")
   found = gpt2_to_gpt_oss.get_design(config)
   assert list(found.models) == ["rope", "gqa"] and not found.claims
+  # The descriptions say so.
+  assert found.descriptions["gqa"].split("; ") == [
+      gpt2_to_gpt_oss.STEPS[step] for step in ("swiglu", "moe", "gqa")]
   config.model.arms = ("gpt2", "gpt3")
   with pytest.raises(ValueError, match=r"\['gpt3'\]: use some of"):
     gpt2_to_gpt_oss.get_design(config)
