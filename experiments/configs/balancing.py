@@ -34,8 +34,8 @@ MODEL = {
 BUDGETS = {
     "minute": {"model": {"arms": ("none", "switch_0.01", "sign_0.01")}},
     "laptop": {},
-    # Eight times as many steps: the published rate can act too.
-    "gpu": {"model": {
+    # Five times as many steps: the published rate can act too.
+    "gpu": {"train": {"steps": 700, "eval_every": 140}, "model": {
         "total_params": 20e6, "num_layers": 8, "d_model": 224, "num_heads": 8,
         "num_experts": 32, "experts_per_token": 4, "head_dim": 32,
         "num_kv_heads": 2, "d_expert": 105, "loss_free": "sign_0.001"}},
