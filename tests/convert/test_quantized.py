@@ -11,6 +11,8 @@ from jaxlm import cli
 from jaxlm.convert import formats
 from jaxlm.convert.quantized import dequantize_experts, quantize_experts
 from jaxlm.lm import LM, load, save
+from jaxlm.model import transformer
+from jaxlm.model.transformer import Execution, forward
 from pallas_kernels.quant import FORMATS, is_quantized, quantization_error
 from reference_models import quick_jit
 
@@ -35,6 +37,29 @@ def source(tmp_path_factory):
 
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 33))
+
+
+def test_simulated_mxfp4_is_what_the_quantized_model_computes(source,
+                                                              tmp_path):
+  formats.write(quantize_experts(formats.read(source), "mxfp4"),
+                tmp_path / "packed")
+  floats, packed = load(source, "float32"), load(tmp_path / "packed",
+                                                 "float32")
+
+  def logits(simulate, params):
+    @quick_jit
+    def run(params):
+      output = forward(floats.config, params, TOKENS,
+                       execution=Execution(simulate=simulate))
+      return transformer.logits(floats.config, params, output.hidden_BTD)
+    return run(params)
+
+  simulated = logits("mxfp4_experts", floats.params)
+  for params, low, high in ((packed.params, 0, 1e-5),
+                            (floats.params, 1e-3, 1)):
+    difference = simulated - logits("none", params)
+    assert low <= np.linalg.norm(difference) / np.linalg.norm(
+        simulated) < high
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -79,6 +79,22 @@ def test_fim_touches_the_training_part_alone(folder):
   assert extra == 3 * counts[0]
 
 
+def test_a_first_token_is_in_both_parts(folder):
+  plain, first = (
+      data.build_dataset(
+          folder, seq_len=13, heldout_fraction=0.3, first_token=given
+      )
+      for given in (False, True)
+  )
+  for part in ("train", "heldout"):
+    a, b = getattr(plain, part), getattr(first, part)
+    assert a.fingerprint != b.fingerprint
+    np.testing.assert_array_equal(a.stream, b.stream)
+    assert np.all(b.take(range(len(b)))["tokens"][:, 0] == b.end_of_document)
+  changed = plain.description | {"first_token": True}
+  assert first.description == changed != plain.description
+
+
 def test_budgets_keep_files_on_their_side(folder):
   whole, small = (
       data.build_dataset(

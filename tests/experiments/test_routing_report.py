@@ -1,4 +1,4 @@
-"""The page about routing, from an ablation and from a checkpoint, end to end."""
+"""The page about routing: of an ablation and of a checkpoint, end to end."""
 import base64
 import html.parser
 import json

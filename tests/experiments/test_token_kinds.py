@@ -81,7 +81,8 @@ def test_pieces_of_a_trained_vocabulary_are_the_text(tmp_path, monkeypatch):
 
 def test_what_is_cut_in_a_string_is_still_a_string():
   whole = 'x = """one two\nthree"""\n'
-  found = token_kinds.pieces(ByteTokenizer(), ByteTokenizer().encode(whole[:11]))
+  ids = ByteTokenizer().encode(whole[:11])
+  found = token_kinds.pieces(ByteTokenizer(), ids)
   kinds = token_kinds.kinds_of_tokens(found, whole, True)
   assert {token_kinds.PYTHON[kind] for kind in kinds[4:10]} == {"string"}
   alone = token_kinds.kinds_of_tokens(found, "other text", True)

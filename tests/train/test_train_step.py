@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import MoEConfig, RouterConfig
+from jaxlm.config import MLPConfig, MoEConfig, RouterConfig
 from jaxlm.config_dict import from_dict, to_dict
 from jaxlm.model.routing import choose
 from jaxlm.model.transformer import Execution
 from jaxlm.train import (Balancing, OptimizerConfig, TrainConfig, init_state,
                          train_step)
-from jaxlm.train.step import check_together
+from jaxlm.train.step import check_together, eval_step
+from pallas_kernels.quant import MXFP4
 import toy_training as toy
 
 # Adam divides by the gradient's own size, which hides what the gradient is;
@@ -175,3 +176,50 @@ def test_refuses_what_does_not_go_together(model, changes, message):
   config = dataclasses.replace(TRAIN, balancing=Balancing(**changes))
   with pytest.raises(ValueError, match=message):
     check_together(model, config)
+
+
+# Experts of whole blocks of 32.
+BLOCKS = dataclasses.replace(toy.MOE, d_model=32, moe=dataclasses.replace(
+    toy.MOE.moe, expert=MLPConfig(64)))
+
+
+@pytest.mark.parametrize("simulate", ["none", "mxfp4_experts", "fp8"])
+def test_the_loss_falls_with_numbers_of_few_bits(simulate):
+  config = dataclasses.replace(
+      TRAIN, optimizer=dataclasses.replace(
+          PLAIN, learning_rate=1e-2, eps=1e-8, b1=0.9, b2=0.95),
+      execution=Execution(simulate=simulate))
+  now, batch, losses = state(model=BLOCKS), toy.random_batch(BLOCKS, 4), []
+  for _ in range(12):
+    now, metrics = compiled(config, BLOCKS)(now, batch, np.uint32(3))
+    losses.append(float(metrics["loss"]))
+  assert np.isfinite(metrics["grad_norm"])
+  assert losses[-1] < 0.9 * losses[0]
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(now.params))
+
+
+def test_evaluation_may_simulate_what_training_does_not():
+  config = dataclasses.replace(TRAIN, eval_simulate="mxfp4_experts")
+  params, batch = state(model=BLOCKS).params, toy.random_batch(BLOCKS, 4)
+
+  def rounded(path, w):
+    *_, parent, name = ("", *(key.key for key in path))
+    if parent != "moe" or name not in ("gate_up", "down"):
+      return w
+    return jnp.asarray(MXFP4.quantize(w).dequantize("float32"))
+
+  def nats(train_config, params):
+    return jit(functools.partial(eval_step, BLOCKS, train_config))(
+        params, batch)["nats"]
+  ours = nats(config, params)
+  assert ours == nats(TRAIN, jax.tree.map_with_path(rounded, params))
+  assert ours != nats(TRAIN, params)
+  # And the other way round; None is what training does.
+  aware = dataclasses.replace(TRAIN, execution=Execution(
+      simulate="mxfp4_experts"))
+  assert nats(aware, params) == ours
+  assert nats(dataclasses.replace(aware, eval_simulate="none"),
+              params) == nats(TRAIN, params)
+  assert from_dict(TrainConfig, to_dict(config)) == config
+  with pytest.raises(ValueError, match="eval_simulate='int4'"):
+    dataclasses.replace(TRAIN, eval_simulate="int4")
