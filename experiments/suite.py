@@ -10,6 +10,7 @@ it are made anew from there after each. With --report nothing is run.
 Exit status: 0 done, 1 one of them failed, 2 wrong usage, 130 or 143 stopped.
 """
 import argparse
+import os
 import pathlib
 import signal
 import subprocess
@@ -83,7 +84,8 @@ def _run(config: pathlib.Path, options) -> int:
   workdir = options.workdir / f"{config.stem}-{options.budget}"
   process = subprocess.Popen(
       [sys.executable, "-m", "experiments.main", "--config",
-       f"{config}:{options.budget}", "--workdir", str(workdir)])
+       f"{os.path.relpath(config)}:{options.budget}", "--workdir",
+       str(workdir)])
   status = _wait(process)
   if status == 0:
     measured.record(workdir)

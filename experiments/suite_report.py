@@ -36,13 +36,15 @@ def write(configs: Mapping[str, pathlib.Path], directory=DIRECTORY
     for plot in section["plots"][:1]:  # in Markdown the first is enough
       results_lib.write_bytes(directory / "figures" / f"{section['name']}.png",
                               plots.png(plot["figure"]))
+  measured_names = {section["ablation"].name for section in found}
   verdict_words = (verdicts.AGREES, verdicts.DISAGREES, verdicts.CANNOT_TELL)
   paths = []
   for suffix in ("html", "md"):
     template = report.environment().get_template(f"suite.{suffix}")
     paths.append(directory / f"RESULTS.{suffix}")
-    text = template.render(sections=found, verdict_words=verdict_words,
-                           MISSING=report.MISSING)
+    text = template.render(
+        sections=found, verdict_words=verdict_words,
+        missing=[name for name in configs if name not in measured_names])
     results_lib.write_bytes(paths[-1], text.encode())
   return tuple(paths)
 

@@ -23,9 +23,12 @@ class RouterLoad:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """loss: nats a token. router: None without expert layers."""
+  """loss: nats a token. position_loss: the same of the targets at each place
+  of a row, [T]; None where no row has one. router: None without expert layers.
+  """
   loss: float
   bits_per_byte: float
+  position_loss: list[float | None]
   router: RouterLoad | None
 
 
@@ -62,7 +65,9 @@ class Heldout:
             for i in range(num_seeds)]
 
   def _evaluation(self, sums: dict[str, np.ndarray]) -> Evaluation:
-    nats, router = float(sums["nats"]), None
+    nats_T, targets_T = (np.asarray(sums[name], np.float64)
+                         for name in ("nats", "targets"))
+    nats, router = float(nats_T.sum()), None
     if "load" in sums:
       load_LE = sums["load"] / len(self.batches)
       statistics = {name: value.tolist() for name, value
@@ -70,5 +75,7 @@ class Heldout:
       router = RouterLoad(
           load=load_LE.tolist(), **statistics,
           dropped=float(sums["dropped"]) / len(self.batches))
-    return Evaluation(nats / float(sums["targets"]),
-                      nats / math.log(2) / self._num_bytes, router)
+    return Evaluation(
+        nats / float(targets_T.sum()), nats / math.log(2) / self._num_bytes,
+        [float(nats / targets) if targets else None
+         for nats, targets in zip(nats_T, targets_T)], router)

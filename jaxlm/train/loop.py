@@ -44,15 +44,18 @@ class Diverged(ArithmeticError):
 class TrainResult:
   """How a run ended.
 
-  eval_loss: nats a token on the held-out batches. tokens_per_second: median
-  over the steps, without compilation, evaluations and checkpoints; of all
-  seeds together where they train together. seconds: from the first step on.
+  eval_loss: nats a token on the held-out batches. position_loss: the same of
+  the targets at each place of a row, [seq_len]; None where no row has one.
+  tokens_per_second: median over the steps, without compilation, evaluations
+  and checkpoints; of all seeds together where they train together. seconds:
+  from the first step on.
   router: None without expert layers. params: the final parameters.
   """
   seed: int
   steps: int
   eval_loss: float
   bits_per_byte: float
+  position_loss: list[float | None]
   tokens_per_second: float
   seconds: float
   router: RouterLoad | None
@@ -297,6 +300,7 @@ class _Run:
       params = jax.tree.map(lambda x: x[i], params)
     return TrainResult(
         self.seeds[i], self.step, heldout.loss, heldout.bits_per_byte,
+        heldout.position_loss,
         statistics.median(rates) if rates
         else self.programs.tokens_per_step * self.step / seconds,
         seconds, heldout.router, params)

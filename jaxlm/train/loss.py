@@ -30,45 +30,61 @@ def next_token_loss(config: ModelConfig, params: dict, hidden_BTD, targets_BT,
     Nats and count, float32 scalars. The gradient is computed together with
     the loss, chunk by chunk, so logits are multiplied out once.
   """
-  table_DV = unembedding(config, params).astype(hidden_BTD.dtype)
   mask_BT = mask_BT.astype(jnp.float32)
-  options = config.final_soft_cap, z_loss
-  args = hidden_BTD, table_DV, targets_BT, mask_BT
-  if mesh.current() is None:
-    total = _loss((*options, None), *args)
-  else:
-    total = _sharded_loss(options, fsdp, *args)
+  def loss(vocab, *args):
+    return _cross_entropy((config.final_soft_cap, z_loss, vocab), *args)
+  total = _on_devices(loss, True, fsdp, hidden_BTD,
+                      unembedding(config, params), targets_BT, mask_BT)
   return total, jnp.sum(mask_BT)
 
 
-def _loss(options, hidden_BTD, table_DV, targets_BT, mask_BT):
-  return _cross_entropy(options, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-                        table_DV, targets_BT.reshape(-1), mask_BT.reshape(-1))
+def token_losses(config: ModelConfig, params: dict, hidden_BTD, targets_BT,
+                 mask_BT, fsdp: bool = True):
+  """Nats of each target, float32 [B, T], 0 outside the mask.
+
+  For evaluation, and at no more cost than `next_token_loss`, whose arguments
+  these are; gradients are that one's to give.
+  """
+  def losses(vocab, *args):
+    return _token_losses((config.final_soft_cap, 0.0, vocab), *args)
+  return _on_devices(losses, False, fsdp, hidden_BTD,
+                     unembedding(config, params), targets_BT,
+                     mask_BT.astype(jnp.float32))
 
 
-def _sharded_loss(options, fsdp, *args):
-  """Each device's own tokens over its part of the vocabulary."""
-  tokens = ("batch", "length")
+def _on_devices(loss, summed: bool, fsdp, hidden_BTD, table_DV, *of_tokens):
+  """`loss` of all tokens, a sum or [B, T]: each device's own tokens over its
+  part of the vocabulary, which is split over the axes that `loss` is told."""
+  def local(vocab, hidden_BTD, table_DV, *of_tokens):
+    found = loss(vocab, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), table_DV,
+                 *(x.reshape(-1) for x in of_tokens))
+    return found if summed else found.reshape(hidden_BTD.shape[:2])
+
+  table_DV = table_DV.astype(hidden_BTD.dtype)
+  if mesh.current() is None:
+    return local(None, hidden_BTD, table_DV, *of_tokens)
   axes = mesh.rules(fsdp)
   batch = (*axes["batch"], *axes["length"])
   # By no axis that splits the tokens, as it is where weights are resident.
   vocab = tuple(name for name in axes["vocab"] if name not in batch)
 
-  def local(hidden_BTD, table_DV, targets_BT, mask_BT):
+  def sharded(hidden_BTD, table_DV, *of_tokens):
     table_DV = mesh.gather(table_DV, 0, "embed", fsdp)
     # Summed over the devices here, these gradients are: the last to be.
     hidden_BTD, table_DV = vma.vary((hidden_BTD, table_DV), (*batch, *vocab))
-    total = _loss((*options, vocab), hidden_BTD, table_DV, targets_BT, mask_BT)
-    return lax.psum(total, batch)
+    found = local(vocab, hidden_BTD, table_DV, *of_tokens)
+    return lax.psum(found, batch) if summed else found
 
-  table = mesh.spec("embed", None, fsdp=fsdp)
+  table, tokens = mesh.spec("embed", None, fsdp=fsdp), ("batch", "length")
+  tokens_BT = mesh.spec(*tokens)
   return mesh.manual(
-      local, (mesh.spec(*tokens, None), P(*table[:1], vocab),
-              mesh.spec(*tokens), mesh.spec(*tokens)), P())(*args)
+      sharded, (mesh.spec(*tokens, None), P(*table[:1], vocab), tokens_BT,
+                tokens_BT), P() if summed else tokens_BT)(
+                    hidden_BTD, table_DV, *of_tokens)
 
 
 def _chunk_loss(options, hidden_TD, table_DV, targets_T, mask_T):
-  """The loss of a few tokens, and its gradient's factor of the logits."""
+  """The losses of a few tokens, and their gradient's factor of the logits."""
   cap, z_loss, axes = options
   logits_TV = jnp.dot(hidden_TD, table_DV, preferred_element_type=jnp.float32)
   slope = 1.0
@@ -87,11 +103,11 @@ def _chunk_loss(options, hidden_TD, table_DV, targets_T, mask_T):
     target_T = lax.psum(jnp.sum(jnp.where(hit_TV, logits_TV, 0), -1), axes)
   else:
     target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], -1)[:, 0]
-  loss = jnp.sum(mask_T * (lse_T - target_T + z_loss * lse_T ** 2))
+  loss_T = mask_T * (lse_T - target_T + z_loss * lse_T ** 2)
   scale_T = mask_T * (1 + 2 * z_loss * lse_T) / sum_T
   dlogits_TV = slope * (exp_TV * scale_T[:, None]
                         - jnp.where(hit_TV, mask_T[:, None], 0))
-  return loss, dlogits_TV.astype(hidden_TD.dtype)
+  return loss_T, dlogits_TV.astype(hidden_TD.dtype)
 
 
 def _all(reduce, x, axes):
@@ -119,16 +135,19 @@ def _over_chunks(body, carry, arrays, vocab_size: int):
   return carry, jax.tree.map(lambda *y: jnp.concatenate(y), *outputs)
 
 
+def _token_losses(options, hidden_TD, table_DV, targets_T, mask_T):
+  def body(_, xs):
+    hidden, targets, mask = xs
+    return None, _chunk_loss(options, hidden, table_DV, targets, mask)[0]
+
+  _, losses_T = _over_chunks(body, None, (hidden_TD, targets_T, mask_T),
+                             table_DV.shape[1])
+  return losses_T
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(options, hidden_TD, table_DV, targets_T, mask_T):
-  def body(total, xs):
-    hidden, targets, mask = xs
-    loss, _ = _chunk_loss(options, hidden, table_DV, targets, mask)
-    return total + loss, None
-
-  total, _ = _over_chunks(body, _zero(mask_T), (hidden_TD, targets_T, mask_T),
-                          table_DV.shape[1])
-  return total
+  return jnp.sum(_token_losses(options, hidden_TD, table_DV, targets_T, mask_T))
 
 
 def _zero(x, shape=()):
@@ -140,11 +159,11 @@ def _forward(options, hidden_TD, table_DV, targets_T, mask_T):
   def body(carry, xs):
     total, dtable_DV = carry
     hidden, targets, mask = xs
-    loss, dlogits = _chunk_loss(options, hidden, table_DV, targets, mask)
+    loss_T, dlogits = _chunk_loss(options, hidden, table_DV, targets, mask)
     dhidden = jnp.dot(dlogits, table_DV.T)
     dtable_DV += jnp.dot(hidden.T, dlogits,
                          preferred_element_type=jnp.float32)
-    return (total + loss, dtable_DV), dhidden
+    return (total + jnp.sum(loss_T), dtable_DV), dhidden
 
   carry = _zero(mask_T), _zero(table_DV, table_DV.shape)
   (total, dtable_DV), dhidden_TD = _over_chunks(

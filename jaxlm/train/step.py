@@ -12,7 +12,7 @@ from jaxlm.model.routing import (BALANCE_RULES, load_statistics,
 from jaxlm.model.simulated import SIMULATIONS
 from jaxlm.model.transformer import (Execution, forward, init_params,
                                      per_layer)
-from jaxlm.train.loss import next_token_loss
+from jaxlm.train.loss import next_token_loss, token_losses
 from jaxlm.train.optimizer import (OptimizerConfig, learning_rate_schedule,
                                    make_optimizer)
 
@@ -266,14 +266,16 @@ def _move_biases(model_config, params, load_LE, balancing):
 
 def eval_step(model_config: ModelConfig, train_config: TrainConfig,
               params: dict, batch: dict) -> dict:
-  """Sums over a batch: nats and targets; load [L, E] and dropped, its means."""
+  """Sums over a batch's rows: nats and targets of each position, float32 [T];
+  load [L, E] and dropped, means over the batch."""
   output = forward(model_config, params, batch["tokens"],
                    execution=train_config.eval_execution,
                    segment_ids_BT=batch["segment_ids"])
-  nats, targets = next_token_loss(model_config, params, output.hidden_BTD,
-                                  batch["targets"], batch["mask"],
-                                  fsdp=train_config.execution.fsdp)
-  sums = {"nats": nats, "targets": targets}
+  nats_BT = token_losses(model_config, params, output.hidden_BTD,
+                         batch["targets"], batch["mask"],
+                         train_config.execution.fsdp)
+  sums = {"nats": jnp.sum(nats_BT, 0),
+          "targets": jnp.sum(batch["mask"].astype(jnp.float32), 0)}
   if output.router is not None:
     sums["load"] = output.router.load_E
     sums["dropped"] = jnp.mean(output.router.dropped)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.data.pipeline import batches
+from jaxlm.data.pipeline import batches, eval_batches
+from jaxlm.model.transformer import forward, logits
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.train import Diverged, Interrupted, train
 from jaxlm.train.evaluation import Heldout
@@ -80,12 +81,11 @@ def test_lines_of_metrics(whole):
   assert result.tokens_per_second > 0
 
 
-@pytest.mark.parametrize("seeds", [(7,), (3, 7)])
-def test_evaluations_tell_the_load_of_the_experts(tmp_path, seeds):
+def test_evaluations_tell_the_load_of_the_experts(tmp_path):
   model = dataclasses.replace(toy.MOE, vocab_size=260)
   config = dataclasses.replace(toy.TRAIN, steps=4, eval_every=2, log_every=1)
   shown = []
-  results = train(model, config, toy.counting_data(), tmp_path, seeds=seeds,
+  results = train(model, config, toy.counting_data(), tmp_path, seeds=(3, 7),
                   on_step=lambda _, metrics: shown.append(metrics))
   for result in results:
     found = lines(tmp_path, result.seed)
@@ -116,6 +116,40 @@ def test_evaluation_agrees_with_the_final_parameters(whole):
   np.testing.assert_allclose(
       again.bits_per_byte,
       again.loss * targets / (targets - ends) / math.log(2), rtol=1e-6)
+
+
+def test_loss_by_position_is_that_of_all_logits(whole):
+  _, result, _ = whole
+  nats_T, targets_T = np.zeros(toy.SEQ_LEN), np.zeros(toy.SEQ_LEN)
+
+  @jax.jit
+  def nats(params, batch):
+    hidden_BTD = forward(toy.DENSE, params, batch["tokens"],
+                         segment_ids_BT=batch["segment_ids"]).hidden_BTD
+    log_probs_BTV = jax.nn.log_softmax(logits(toy.DENSE, params, hidden_BTD))
+    return -jnp.take_along_axis(log_probs_BTV, batch["targets"][..., None],
+                                -1)[..., 0]
+
+  for batch in eval_batches(toy.counting_data().heldout, 4, 2):
+    nats_T += np.sum(nats(result.params, batch), 0, where=batch["mask"])
+    targets_T += batch["mask"].sum(0)
+  np.testing.assert_allclose(result.position_loss, nats_T / targets_T,
+                             rtol=1e-5)
+  np.testing.assert_allclose(
+      np.average(result.position_loss, weights=targets_T), result.eval_loss,
+      rtol=1e-6)
+
+
+def test_a_place_without_targets_has_no_loss():
+  config = dataclasses.replace(toy.TRAIN, seq_len=4)
+  heldout = Heldout(Programs(toy.DENSE, config, (7, 8)), config,
+                    toy.counting_data(4))
+  nats = np.array([[6, 0, 5, 1], [8, 0, 9, 3]], np.float32)
+  targets = np.tile(np.float32([4, 0, 2, 4]), (2, 1))
+  first, second = heldout.finish({"nats": nats, "targets": targets}, 2)
+  assert first.position_loss == [1.5, None, 2.5, 0.25]
+  assert second.position_loss == [2.0, None, 4.5, 0.75]
+  assert (first.loss, second.loss) == (1.2, 2.0)
 
 
 def test_evaluations_see_the_parameters_of_their_step(monkeypatch, tmp_path):
@@ -159,6 +193,8 @@ def test_a_run_on_a_mesh_equals_that_of_one_device_and_goes_on_there(
           for where in (tmp_path, workdir)]
   np.testing.assert_allclose(*told, rtol=1e-4)
   np.testing.assert_allclose(resumed.eval_loss, result.eval_loss, rtol=1e-4)
+  np.testing.assert_allclose(resumed.position_loss, result.position_loss,
+                             rtol=1e-3)
 
 
 def test_a_mesh_is_of_one_seed(tmp_path):
@@ -194,6 +230,8 @@ def test_seeds_together_equal_seeds_alone(whole, tmp_path):
   results, _ = run(tmp_path, seeds=(3, 7))
   assert [r.seed for r in results] == [3, 7]
   np.testing.assert_allclose(results[1].eval_loss, alone.eval_loss, rtol=1e-3)
+  np.testing.assert_allclose(results[1].position_loss, alone.position_loss,
+                             rtol=1e-2)
   np.testing.assert_allclose(
       [entry["loss"] for entry in lines(tmp_path)],
       [entry["loss"] for entry in lines(whole[0])], rtol=1e-3)
