@@ -14,6 +14,7 @@ from scipy import stats
 
 from experiments import report
 from experiments import results
+from experiments import statistics
 from experiments import verdicts
 from experiments import wording
 from experiments.claims import Claim
@@ -238,12 +239,17 @@ def test_table_has_the_numbers_computed_by_hand(complete):
       expected = difference_by_hand(losses, LOSSES[BASELINE], 9)
     assert rows[arm][3] == expected
     assert expected in markdown and expected in terminal
-    assert rows[arm][4] == f"{mean / math.log(2):.4f}"
-    assert rows[arm][9] == f"{DIMENSIONS[arm][4]:,}"
+    smallest = "\u2013"
+    if arm != BASELINE:
+      apart = np.subtract(losses, LOSSES[BASELINE])
+      smallest = f"{statistics.smallest_effect(np.std(apart, ddof=1), 3, 9):.2g}"
+    assert rows[arm][4] == smallest
+    assert rows[arm][5] == f"{mean / math.log(2):.4f}"
+    assert rows[arm][10] == f"{DIMENSIONS[arm][4]:,}"
   assert rows["depth-2"][:2] == ["12.0 M", "4.10 M"]
-  assert rows["depth-2"][5] == "23.6 k"  # the mean of 23510, 23790, 23620
-  assert rows["depth-2"][7] == "451"  # the median of 450, 451.5, 450.7
-  assert rows["depth-2"][8] == "480 MiB"
+  assert rows["depth-2"][6] == "23.6 k"  # the mean of 23510, 23790, 23620
+  assert rows["depth-2"][8] == "451"  # the median of 450, 451.5, 450.7
+  assert rows["depth-2"][9] == "480 MiB"
 
 
 def test_page_stands_alone(complete):
