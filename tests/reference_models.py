@@ -14,6 +14,7 @@ import transformers
 
 import jaxlm
 from jaxlm.config import MLAConfig, MLPConfig, ModelConfig
+from quick import quick_jit  # its users take it from here too
 from reference_weights import params_of
 
 # Models this small only wait for each other on several threads.
@@ -255,13 +256,6 @@ def our_logits(config: ModelConfig, params, tokens_BT,
   hidden_BTD = jaxlm.forward(config, params, tokens_BT,
                              execution=execution).hidden_BTD
   return jaxlm.logits(config, params, hidden_BTD)
-
-
-def quick_jit(function):
-  """jit for a function that runs once or a few times: LLVM optimizes little,
-  which halves the time of a test that mostly compiles."""
-  return jax.jit(function,
-                 compiler_options={"xla_backend_optimization_level": 0})
 
 
 def relative_difference(ours, theirs) -> float:

@@ -12,7 +12,7 @@ from jaxlm.model.cache import empty_cache
 from jaxlm.model.costs import parameter_counts
 from jaxlm.model.transformer import (Execution, forward, forward_with_cache,
                                      per_layer)
-import reference_models
+from quick import quick_jit
 
 BATCH, LENGTH, HEADS, HEAD_DIM, D_MODEL = 2, 9, 3, 4, 10
 CONFIG = ModelConfig(
@@ -68,7 +68,7 @@ def hidden(execution, params):
 def value_and_gradients(function, params):
   direction = np.random.default_rng(2).normal(size=(BATCH, LENGTH, D_MODEL))
 
-  @reference_models.quick_jit
+  @quick_jit
   def run(params):
     y, vjp = jax.vjp(function, params)
     return y, vjp(direction.astype(np.float32))
@@ -96,7 +96,7 @@ def test_values_and_gradients_are_those_of_the_formula(execution):
 def test_token_by_token_over_a_cache_it_is_the_same():
   layers, cache = per_layer(CONFIG, params()), empty_cache(CONFIG, BATCH,
                                                            LENGTH)
-  run = reference_models.quick_jit(functools.partial(forward_with_cache,
+  run = quick_jit(functools.partial(forward_with_cache,
                                                      CONFIG))
   found = []
   for span in ([0, 1, 2, 3], *([t] for t in range(4, LENGTH))):

@@ -8,7 +8,7 @@ import pytest
 from jaxlm.config import AttentionConfig, MLPConfig, ModelConfig
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.train import loss
-import reference_models
+from quick import quick_jit
 
 BATCH, LENGTH, D_MODEL, VOCAB = 4, 6, 8, 20
 CONFIG = ModelConfig(VOCAB, D_MODEL, 1, AttentionConfig(1, 1, 2), MLPConfig(3),
@@ -46,7 +46,7 @@ def total(params, *args):
 
 def on(sizes, function, *args):
   # Another function each time, lest jax remember it with other chunks.
-  run = reference_models.quick_jit(lambda *args: function(*args))
+  run = quick_jit(lambda *args: function(*args))
   if sizes is None:
     return run(*args)
   with jax.set_mesh(make_mesh(sizes)):
