@@ -119,7 +119,9 @@ def test_a_step_is_the_same_on_any_mesh(name, sizes):
   state1, metrics1, sums1 = on_one_device(name)
   assert_same(metrics, metrics1, 3e-6)
   assert_same(sums, sums1, 3e-6)
-  assert_same(state, state1, 1e-5)
+  # Rounding: processors that vectorize otherwise are up to 1.23e-5 apart, in a
+  # bias whose gradient is a sum that nearly cancels.
+  assert_same(state, state1, 2e-5)
 
 
 def test_one_device_of_a_mesh_is_as_without():
