@@ -18,9 +18,8 @@ import jax
 from ml_collections import config_flags
 
 from experiments import runner
+from experiments.measured import CONFIGS
 from jaxlm.train.memory import keep_freed_memory
-
-CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 
 class UsageError(Exception):

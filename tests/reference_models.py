@@ -7,14 +7,12 @@ import dataclasses
 import functools
 import typing
 
-import jax
 import numpy as np
 import torch
 import transformers
 
 import jaxlm
 from jaxlm.config import MLAConfig, MLPConfig, ModelConfig
-from quick import quick_jit  # its users take it from here too
 from reference_weights import params_of
 
 # Models this small only wait for each other on several threads.

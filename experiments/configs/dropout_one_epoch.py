@@ -4,7 +4,6 @@ One model and as many steps everywhere. The one_ arms see less than one epoch
 of the text; the many_ arms have so little of it that they see it `epochs`
 times. The held-out text is the same. After the underscore: the dropout.
 """
-import dataclasses
 
 from experiments import budget as solver
 from experiments import design

@@ -13,7 +13,7 @@ together are wider than d_model.
 from experiments import budget as solver
 from experiments import design
 from experiments.claims import Claim
-from jaxlm.config import MLPConfig, NormConfig, RopeConfig
+from jaxlm.config import MLPConfig, NormConfig
 
 # In order; by arm the change against the arm before.
 STEPS = {

@@ -72,7 +72,7 @@ def get_design(config) -> design.Design:
                  if TRAIN[name]})
 
 
-_LOSS = "of a loss of about 2.6, which these arms have at the laptop budget"
+_LOSS = "of a loss of 2.6, guessed before the first run"
 CLAIMS = (
     Claim("Training in FP8 changes the loss by less than 0.25 %",
           "DeepSeek-V3 (arXiv 2412.19437), section 3.3",

@@ -15,8 +15,9 @@ from jaxlm.convert.gguf_file import read_file
 from jaxlm.lm import load, save
 from jaxlm.model.transformer import Execution
 from pallas_kernels.quant import MXFP4, is_quantized
-from reference_models import (CASES, our_logits, quick_jit,
+from reference_models import (CASES, our_logits,
                               relative_difference)
+from quick import quick_jit
 
 Kind = gguf.GGMLQuantizationType
 TOKENS = np.random.default_rng(1).integers(0, 101, (2, 151))

@@ -14,7 +14,7 @@ from jaxlm.lm import LM, load, save
 from jaxlm.model import transformer
 from jaxlm.model.transformer import Execution, forward
 from pallas_kernels.quant import FORMATS, is_quantized, quantization_error
-from reference_models import quick_jit
+from quick import quick_jit
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import jaxlm
 from jaxlm.model.cache import empty_cache
 from jaxlm.model.transformer import forward_with_cache, per_layer
 import reference_models
+from quick import quick_jit
 
 TOLERANCE = 3e-5
 # gpt-oss's window of 128 is full after the first prompt; the second fills its
@@ -23,7 +24,7 @@ def test_cache_equals_the_whole_sequence(name):
   params = per_layer(config, params)
   cache = empty_cache(config, len(PROMPTS), reference_models.LENGTH)
 
-  @reference_models.quick_jit
+  @quick_jit
   def run(params, cache, tokens_BT, positions_BT):
     hidden_BTD, cache = forward_with_cache(config, params, cache, tokens_BT,
                                            positions_BT)

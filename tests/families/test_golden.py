@@ -6,6 +6,7 @@ import pytest
 
 import jaxlm
 import reference_models
+from quick import quick_jit
 
 # Both sides are within 1e-5 of float64.
 TOLERANCE = 3e-5
@@ -14,7 +15,7 @@ TOLERANCE = 3e-5
 def difference(name, config, execution=jaxlm.Execution()) -> float:
   """Between our logits, under this config, and those of transformers."""
   case = reference_models.case(name)
-  ours = reference_models.quick_jit(functools.partial(
+  ours = quick_jit(functools.partial(
       reference_models.our_logits, config, execution=execution))(
           case.params, case.tokens_BT)
   return reference_models.relative_difference(ours, case.logits_BTV)

@@ -1,5 +1,4 @@
 """Attention whose heads, rows and tokens are split over eight devices."""
-import functools
 
 import flax.linen as nn
 import jax
@@ -12,6 +11,7 @@ from jaxlm.model.mla import MLA, expand
 from jaxlm.model.rope import rope_table
 from jaxlm.model.transformer import Context
 from jaxlm.parallel import context, mesh as mesh_lib
+from quick import quick_jit
 
 LENGTH, HEADS, HEAD_DIM = 40, 16, 6
 # Mesh, key heads, and options; a device has LENGTH / context tokens.
@@ -35,9 +35,6 @@ CASES = {
     "no context": ({"data": 2, "expert": 2, "tensor": 2}, 2,
                    dict(window=7, sinks=True, segments=True)),
 }
-
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed, *shape):

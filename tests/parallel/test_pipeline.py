@@ -12,6 +12,7 @@ from jaxlm.config import (AttentionConfig, MLPConfig, ModelConfig, MoEConfig,
 from jaxlm.model.transformer import Execution, forward, init_params
 from jaxlm.parallel import mesh as mesh_lib, pipeline
 from jaxlm.parallel.params import shardings
+from quick import quick_jit
 
 BATCH, LENGTH = 8, 12
 MOE = ModelConfig(
@@ -24,9 +25,6 @@ MOE = ModelConfig(
     layer_pattern=("sliding", "full"))
 DENSE = ModelConfig(vocab_size=40, d_model=24, num_layers=4,
                     attention=AttentionConfig(4, 2, 6), mlp=MLPConfig(20))
-
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def tokens():

@@ -13,6 +13,7 @@ from jaxlm.model.transformer import (Execution, forward_with_cache,
                                      init_params, per_layer)
 from jaxlm.parallel import mesh as mesh_lib
 from jaxlm.parallel.params import shardings
+from quick import quick_jit
 
 BATCH, PROMPT, NEW = 8, 11, 3
 SHAPE = dict(vocab_size=40, d_model=48, num_layers=2, mlp=MLPConfig(56))
@@ -26,9 +27,6 @@ MODELS = {
         **SHAPE, attention=MLAConfig(4, 10, 8, 6, 12, q_rank=14)),
 }
 EXECUTION = Execution(attention="xla", fsdp=False)
-
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def decode(config, params):

@@ -16,6 +16,7 @@ from jaxlm.train import (Balancing, OptimizerConfig, TrainConfig, init_state,
 from jaxlm.train.step import check_together, eval_step
 from pallas_kernels.quant import MXFP4
 import toy_training as toy
+from quick import quick_jit
 
 # Adam divides by the gradient's own size, which hides what the gradient is;
 # this large eps leaves a step proportional to it; the rate makes the steps
@@ -24,19 +25,16 @@ PLAIN = OptimizerConfig(learning_rate=10.0, eps=1e3, b1=0.0, b2=0.0,
                         weight_decay=0.0, clip_norm=0.0)
 TRAIN = TrainConfig(steps=50, batch_size=4, seq_len=toy.SEQ_LEN,
                     optimizer=PLAIN)
-# Tests run a program a few times: compiling matters more than speed.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
 def compiled(train_config, model=toy.MOE):
-  return jit(functools.partial(train_step, model, train_config))
+  return quick_jit(functools.partial(train_step, model, train_config))
 
 
 @functools.cache
 def state(seed=3, model=toy.MOE):
-  return jit(functools.partial(init_state, model, TRAIN))(seed)
+  return quick_jit(functools.partial(init_state, model, TRAIN))(seed)
 
 
 def change(train_config, model=toy.MOE):
@@ -88,7 +86,7 @@ def test_seeds_under_vmap_equal_seeds_alone():
   batches = [toy.random_batch(toy.MOE, 4, seed) for seed in seeds]
   stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
   states = jax.tree.map(lambda *x: jnp.stack(x), *map(state, seeds))
-  together, metrics = jit(jax.vmap(step))(states, stacked,
+  together, metrics = quick_jit(jax.vmap(step))(states, stacked,
                                           np.array(seeds, np.uint32))
   for i, seed in enumerate(seeds):
     alone, metrics_alone = compiled(TRAIN)(state(seed), batches[i],
@@ -209,7 +207,7 @@ def test_evaluation_may_simulate_what_training_does_not():
     return jnp.asarray(MXFP4.quantize(w).dequantize("float32"))
 
   def nats(train_config, params):
-    return jit(functools.partial(eval_step, BLOCKS, train_config))(
+    return quick_jit(functools.partial(eval_step, BLOCKS, train_config))(
         params, batch)["nats"].sum()
   ours = nats(config, params)
   assert ours == nats(TRAIN, jax.tree.map_with_path(rounded, params))
