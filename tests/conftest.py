@@ -11,6 +11,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 import pytest
 
+from quick import jax_options
+
 # For what is split over devices; all else runs on the first of them.
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -139,7 +141,5 @@ def largest_array():
 @pytest.fixture(scope="module")
 def quick_compile():
   """XLA optimises little: for tests that compile much and compute little."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
+  with jax_options(jax_disable_most_optimizations=True):
+    yield

@@ -12,6 +12,7 @@ import jaxlm
 from jaxlm import cli
 from jaxlm.decode.chat import chat_format
 from jaxlm.lm import LM
+from quick import jax_options
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>"
             "{% endfor %}<|assistant|>{% if enable_thinking %}!{% endif %}")
@@ -52,9 +53,8 @@ def source(lm, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
   monkeypatch.setenv("JAXLM_CACHE", str(tmp_path_factory.getbasetemp()))
-  before = jax.config.jax_compilation_cache_dir
-  yield
-  jax.config.update("jax_compilation_cache_dir", before)
+  with jax_options():
+    yield
 
 
 def run(*arguments):

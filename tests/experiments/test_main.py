@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from experiments import main as main_lib
 from experiments import results
+from quick import jax_options
 
 ROOT = pathlib.Path(main_lib.__file__).parent.parent
 CONFIG = ROOT / "experiments" / "configs" / "width_vs_depth.py"
@@ -21,16 +21,11 @@ CONFIG = ROOT / "experiments" / "configs" / "width_vs_depth.py"
 def main(monkeypatch, tmp_path, capsys):
   """Runs main in an empty directory: (exit status, stdout, stderr)."""
   monkeypatch.chdir(tmp_path)
-  # main tells this process where compiled programs go.
-  options = ("jax_compilation_cache_dir",
-             "jax_persistent_cache_min_compile_time_secs")
-  before = [jax.config.values[option] for option in options]
   def run(*arguments):
     status = main_lib.main(["main", *arguments])
     return status, *capsys.readouterr()
-  yield run
-  for option, value in zip(options, before):
-    jax.config.update(option, value)
+  with jax_options():  # main tells this process where compiled programs go
+    yield run
 
 
 def test_no_arguments_print_the_usage(main):

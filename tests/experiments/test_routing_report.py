@@ -23,6 +23,7 @@ from jaxlm.data import build_dataset, ByteTokenizer
 from jaxlm.model.trace import trace
 from jaxlm.train import train
 from jaxlm.train.checkpoint import Checkpoints, read_newest
+from quick import jax_options
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SEQ_LEN, SEEDS = 19, (3, 5)
@@ -98,12 +99,11 @@ def main(monkeypatch, tmp_path, capsys):
   """Runs main in an empty directory: (exit status, stdout, stderr)."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
-  before = jax.config.values["jax_compilation_cache_dir"]
   def run(*arguments):
     status = routing_report.main([str(x) for x in arguments])
     return status, *capsys.readouterr()
-  yield run
-  jax.config.update("jax_compilation_cache_dir", before)
+  with jax_options():
+    yield run
 
 
 class Page(html.parser.HTMLParser):

@@ -46,8 +46,8 @@ MODELS = {
 }
 BALANCING = {
     "gpt-oss": Balancing(switch=0.3, cv_importance=0.1, router_z=0.01),
-    "dense": Balancing(), "deepseek": Balancing(sequence=0.2,
-                                                  bias_rule="sign"),
+    "dense": Balancing(),
+    "deepseek": Balancing(sequence=0.2, bias_rule="sign"),
 }
 MESHES = {
     "gpt-oss": ({"expert": 8}, {"expert": 4, "tensor": 2},

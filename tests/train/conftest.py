@@ -1,31 +1,30 @@
 """Programs that several tests compile are compiled once."""
 import types
 
-import jax
 import pytest
 
 from jaxlm.train import train
+from quick import jax_options
 import toy_training as toy
 
 
 @pytest.fixture(scope="session")
-def program_cache(tmp_path_factory):
+def program_directory(tmp_path_factory):
+  return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def program_cache(program_directory):
   """A directory of compiled programs, this process's and its children's."""
-  directory = tmp_path_factory.mktemp("programs")
   # Compiling these programs takes far longer than running them.
-  options = {"jax_disable_most_optimizations": True,
-             "jax_compilation_cache_dir": str(directory),
-             "jax_persistent_cache_min_compile_time_secs": 0.2,
-             "jax_persistent_cache_min_entry_size_bytes": -1}
-  before = {name: jax.config.values[name] for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield directory
-  for name, value in before.items():
-    jax.config.update(name, value)
+  with jax_options(jax_disable_most_optimizations=True,
+                   jax_compilation_cache_dir=str(program_directory),
+                   jax_persistent_cache_min_compile_time_secs=0.2,
+                   jax_persistent_cache_min_entry_size_bytes=-1):
+    yield program_directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, program_cache):
   """An uninterrupted run: workdir, result, what on_step was told."""
   workdir, shown = tmp_path_factory.mktemp("whole"), []
