@@ -58,7 +58,8 @@ def spans(seen: Seen, layer: int, start: int, stop: int | None,
     experts, weights = expert_NA[piece.start], weight_NA[piece.start]
     title = describe(experts, weights, seen.num_experts)
     if piece.start in seen.sample.names:
-      shown.append(f"<b>{escaped(seen.sample.names[piece.start])}</b>")
+      name = escaped(seen.sample.names[piece.start])
+      shown.append(f'<b style="display:block">{name}</b>')
     shown.append(f'<span {attributes(number, experts[0])} title="{title}">'
                  f"{escaped(piece.text)}</span>")
   return "".join(shown)

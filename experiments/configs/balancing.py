@@ -34,7 +34,7 @@ MODEL = {
 BUDGETS = {
     "minute": {"model": {"arms": ("none", "switch_0.01", "sign_0.01")}},
     "laptop": {},
-    # Five times as many steps: the published rate can act too.
+    # Enough steps for the published rate to act too.
     "gpu": {"train": {"steps": 700, "eval_every": 140}, "model": {
         "total_params": 20e6, "num_layers": 8, "d_model": 224, "num_heads": 8,
         "num_experts": 32, "experts_per_token": 4, "head_dim": 32,

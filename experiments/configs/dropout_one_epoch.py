@@ -16,10 +16,7 @@ MODEL = {
 }
 BUDGETS = {
     "minute": {"model": {"rates": (0.0, 0.1)}},
-    # Small batches: many steps on little text, so that it is learnt by heart.
-    "laptop": {"train": {"steps": 400, "eval_every": 80, "batch_size": 4,
-                         "seq_len": 128, "eval_batches": 48,
-                         "checkpoint_every": 200}},
+    "laptop": {},
     "gpu": {"model": {
         "num_layers": 8, "d_model": 224, "num_heads": 8, "head_dim": 32,
         "num_kv_heads": 2, "d_ff": 528}},

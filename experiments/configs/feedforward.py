@@ -28,7 +28,7 @@ MODEL = {
 }
 BUDGETS = {
     "minute": {"model": {"arms": ("gelu", "swiglu", "clamped")}},
-    "laptop": {"train": {"steps": 120, "eval_every": 24}},
+    "laptop": {},
     "gpu": {"model": {
         "total_params": 5e6, "num_layers": 8, "d_model": 224,
         "num_heads": 8, "head_dim": 32, "num_kv_heads": 2, "d_ff": 640,

@@ -32,8 +32,7 @@ MODEL = {
 BUDGETS = {
     "minute": {"model": {"arms": ("rope", "learned", "nope_full"),
                          "num_layers": 2, "active_params": 55e3}},
-    "laptop": {"train": {"steps": 100, "eval_every": 20},
-               "optimizer": {"warmup_steps": 5}},
+    "laptop": {"optimizer": {"warmup_steps": 5}},
     "gpu": {"model": {
         "active_params": 4e6, "num_layers": 8, "d_model": 224, "num_heads": 8,
         "head_dim": 32, "num_kv_heads": 2, "sliding_window": 128, "d_ff": 528,

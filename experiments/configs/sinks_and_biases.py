@@ -20,8 +20,7 @@ MODEL = {
 }
 BUDGETS = {
     "minute": {"model": {"arms": ("gpt_oss", "no_sinks", "no_biases")}},
-    "laptop": {"train": {"steps": 100, "eval_every": 25,
-                         "checkpoint_every": 50}},
+    "laptop": {},
     "gpu": {"model": {
         "total_params": 4e6, "num_layers": 8, "d_model": 192, "num_heads": 6,
         "head_dim": 32, "num_kv_heads": 2, "d_ff": 560}},

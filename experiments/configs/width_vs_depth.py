@@ -21,9 +21,7 @@ MODEL = {
 }
 BUDGETS = {
     "minute": {"model": {"moe_depths": (2, 4), "dense_depths": (2,)}},
-    # Ten arms, so fewer steps than other experiments.
-    "laptop": {"train": {"steps": 100, "eval_every": 20,
-                         "checkpoint_every": 50}},
+    "laptop": {},
     "gpu": {"model": {
         "moe_depths": (2, 3, 4, 8, 16), "dense_depths": (2, 4, 8, 16),
         "total_params": 20e6, "active_params": 3.6e6, "num_experts": 32,

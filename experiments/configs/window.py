@@ -22,8 +22,8 @@ BUDGETS = {
         "model": {"arms": ("full", "1to1", "window_16")},
         "train": {"seq_len": 512, "batch_size": 2}},
     "laptop": {
-        "train": {"seq_len": 1024, "batch_size": 2, "steps": 75,
-                  "eval_every": 25, "checkpoint_every": 0},
+        "train": {"seq_len": 1024, "batch_size": 1, "eval_batches": 24,
+                  "steps": 200, "eval_every": 50, "checkpoint_every": 100},
         "speed": {"prompt_tokens": 960}},
     "gpu": {
         "model": {

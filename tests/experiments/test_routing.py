@@ -155,7 +155,7 @@ def test_shown_text_is_escaped_and_coloured():
   shown = routing_text.show(seen)
   assert shown._repr_html_() == shown
   assert "<script>" not in shown and "&lt;script&gt;</span>" in shown
-  assert "<b>a &lt; b</b>" in shown and " &amp;\n</span>" in shown
+  assert ">a &lt; b</b>" in shown and " &amp;\n</span>" in shown
   assert "\0" not in shown and "\u2400é" in shown
   assert 'title="expert 0: 0.50, 2: 0.50"' in shown
   assert 'style="" title="no expert"' in shown
