@@ -3,6 +3,7 @@ import collections
 import functools
 import math
 import os
+import pathlib
 
 # libtpu, which is here to compile, must not look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -136,6 +137,16 @@ def largest_array():
     return max(math.prod(v.aval.shape) for eqn in _equations(jaxpr)
                for v in eqn.outvars)
   return largest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_memory_maps():
+  """Compiled programs hold memory maps, of which Linux grants a process 65,530:
+  where no more are to be had, XLA crashes."""
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_text().count("\n") > 15_000:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

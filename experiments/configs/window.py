@@ -24,6 +24,8 @@ BUDGETS = {
     "laptop": {
         "train": {"seq_len": 1024, "batch_size": 1, "eval_batches": 24,
                   "steps": 200, "eval_every": 50, "checkpoint_every": 100},
+        # So narrow and deep that 4e-3 made a run diverge.
+        "learning_rate": {"base": 2e-3},
         "speed": {"prompt_tokens": 960}},
     "gpu": {
         "model": {

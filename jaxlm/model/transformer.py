@@ -262,10 +262,10 @@ class Embedding(nn.Module):
 def make_context(config: ModelConfig, tokens_BT, positions_BT=None,
                  segment_ids_BT=None, key=None) -> Context:
   attention = config.attention
-  if config.max_positions and tokens_BT.shape[1] > config.max_positions:
-    raise ValueError(f"{tokens_BT.shape[1]} tokens, but the model has "
-                     f"{config.max_positions} learned positions")
   if positions_BT is None:
+    if config.max_positions and tokens_BT.shape[1] > config.max_positions:
+      raise ValueError(f"{tokens_BT.shape[1]} tokens, but the model has "
+                       f"{config.max_positions} learned positions")
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
   if isinstance(attention, MLAConfig):
     rope = {"full": rope_table(attention.rope, attention.rope_head_dim,
