@@ -251,7 +251,8 @@ class Embedding(nn.Module):
     if config.max_positions:
       positions = weight(self, "positions",
                          (config.max_positions, config.d_model),
-                         ("positions", "embed"), nn.initializers.normal(0.02))
+                         ("positions", "embed"), nn.initializers.normal(
+                             1.0 if config.scale_embeddings else 0.02))
       x_BTD += shard(positions[context.positions_BT].astype(dtype), *TOKENS)
     key = context.key
     if key is not None:
