@@ -123,6 +123,7 @@ def test_what_is_stale_says_so(workdir, tmp_path):
   measured.record(workdir, tmp_path / "measured")
   html, text = (path.read_text() for path in suite_report.write(
       {"few_vs_many_experts": config}, tmp_path))
+  assert text.count("Stale.") == 1  # in the overview
   assert "STALE.** Measured with another config than there is today: 8of1." in (
       text)
   assert "Stale." in html
