@@ -69,12 +69,13 @@ BUDGETS = {
         "optimizer": {"warmup_steps": 5},
         "learning_rate": {"base": 6e-3, "reference_d_model": 48},
         "speed": {"repeats": 3, "seconds": 0.05, "new_tokens": 32}},
-    # About ten minutes on 2 cores. Batches are small: at equal text, more steps
+    # 10 to 25 minutes on 2 cores. Batches are small: at equal text, more steps
     # bring the loss further down.
     "laptop": {
         "train": {"steps": 400, "batch_size": 2, "eval_every": 100,
                   "eval_batches": 48, "checkpoint_every": 200},
-        # 6e-3 is as good on the mean, and seeds differ more.
+        # Between 3e-3 and 6e-3, at which two seeds of one layer differed more;
+        # that was before embeddings were scaled.
         "learning_rate": {"base": 4e-3, "reference_d_model": 48}},
     # 25 minutes on one large GPU, by arithmetic and not yet by measurement: an
     # experiment of 35 runs of 16 M tokens at 25 MFLOP a token is 1.4e16 FLOP,
@@ -161,7 +162,7 @@ def decoder(config, num_layers: int, d_model: int, num_heads: int, *,
   """gpt-oss in small: biases, sinks, and a window on every other layer.
 
   Embeddings are scaled, where gpt-oss's are not: they are tied to the logits,
-  begin at 0.02, and what layers add drowned them. Four layers lost 0.34
+  begin at 0.02, and what layers add drowned them. Four layers lost 0.36
   nats/token by it, so that depth seemed to hurt and norms after the sum to help.
 
   `config.model` has vocab_size, head_dim, num_kv_heads and sliding_window.

@@ -34,7 +34,7 @@ MODEL = {
 BUDGETS = {
     "minute": {"model": {"arms": ("none", "switch_0.01", "sign_0.01")}},
     "laptop": {},
-    # Enough steps for the published rate to act too.
+    # In so many steps the published rate can move a bias by 0.7.
     "gpu": {"train": {"steps": 700, "eval_every": 140}, "model": {
         "total_params": 20e6, "num_layers": 8, "d_model": 224, "num_heads": 8,
         "num_experts": 32, "experts_per_token": 4, "head_dim": 32,

@@ -249,10 +249,11 @@ class Embedding(nn.Module):
     if config.scale_embeddings:
       x_BTD *= jnp.sqrt(jnp.float32(config.d_model)).astype(dtype)
     if config.max_positions:
+      like_tokens = nn.initializers.normal(
+          1.0 if config.scale_embeddings else 0.02)
       positions = weight(self, "positions",
                          (config.max_positions, config.d_model),
-                         ("positions", "embed"), nn.initializers.normal(
-                             1.0 if config.scale_embeddings else 0.02))
+                         ("positions", "embed"), like_tokens)
       x_BTD += shard(positions[context.positions_BT].astype(dtype), *TOKENS)
     key = context.key
     if key is not None:
