@@ -249,11 +249,9 @@ class Embedding(nn.Module):
     if config.scale_embeddings:
       x_BTD *= jnp.sqrt(jnp.float32(config.d_model)).astype(dtype)
     if config.max_positions:
-      like_tokens = nn.initializers.normal(
-          1.0 if config.scale_embeddings else 0.02)
       positions = weight(self, "positions",
                          (config.max_positions, config.d_model),
-                         ("positions", "embed"), like_tokens)
+                         ("positions", "embed"), nn.initializers.normal(0.02))
       x_BTD += shard(positions[context.positions_BT].astype(dtype), *TOKENS)
     key = context.key
     if key is not None:
@@ -297,7 +295,7 @@ def init_params(config: ModelConfig, key) -> dict:
 
   Matrices are normal with variance 1 / fan-in, those that write into the
   residual stream also divided by twice the number of layers; embeddings have
-  standard deviation 0.02 (d_model^-0.5 when they are scaled).
+  standard deviation 0.02 (of tokens d_model^-0.5 when they are scaled).
   """
   return nn.unbox(init_variables(config, key))
 
