@@ -16,15 +16,15 @@ from jaxlm.model.costs import Flops, flops_per_token
 from jaxlm.parallel.mesh import RULES
 from jaxlm.parallel.params import logical_axes
 from jaxlm.parallel.schemes import SHARES, choose_scheme
-from jaxlm.model.transformer import abstract_params
+from jaxlm.model.transformer import abstract_params, stacks
 from jaxlm.plan import programs
 from jaxlm.plan.job import Job
 from jaxlm.train.loss import CHUNK_LOGITS
 
 # Of activations, and of weights as they are gathered.
 ITEM = 2
-# The program itself, and the kernels and exchanges of experts.
-CODE, EXPERT_CODE = 20e6, 150e6
+# Of the program: a layer's, and the kernels and exchanges of experts.
+CODE, EXPERT_CODE = 20e6, 120e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,16 +162,26 @@ class Shapes:
                    ) / self.mesh["tensor"]
 
   def _training(self, state) -> float:
-    config, tensor = self.config, self.mesh["tensor"]
-    gradients = state["parameters"]
+    del state
+    config, mesh = self.config, self.mesh
+    weights, tensor = self.weights, mesh["tensor"]
     kept = (config.num_layers + 2) * self.tokens * self.row
+    # All of this device's parts, in the dtype they are used in, at once.
+    parts = ITEM / tensor * (
+        weights["others"] / self.fsdp
+        + weights["experts"] / mesh["expert"] / self.expert_fsdp)
+    # The table, its gradient as it is summed in float32, and then as it is
+    # sent, when the logits are gone.
     table = config.vocab_size * config.d_model / tensor
-    # The table's gradient, summed in float32, waits for the layers'; while it
-    # is made there are the table in bfloat16, and some logits.
-    loss = 2 * ITEM * table + 4 * 4 * CHUNK_LOGITS
-    layer = max(2 * self._layer(), self._routed(7)) + 3 * self._gathered()
-    code = CODE + (EXPERT_CODE if config.moe else 0)
-    return kept + 4 * table + max(loss, gradients + layer) + code
+    loss = (4 + ITEM) * table + max(ITEM * table, 4 * 4 * CHUNK_LOGITS)
+    # Then the layers', float32, and one layer, weights of the next, gradients.
+    layer = max(1.5 * self._layer(), self._routed(7)) + 3 * self._gathered()
+    return kept + parts + max(loss, 4 / ITEM * parts + layer) + self._code()
+
+  def _code(self) -> float:
+    """Each layer that the program repeats is in it once."""
+    layers = sum(len(stack.kinds) for stack in stacks(self.config))
+    return layers * CODE + (EXPERT_CODE if self.config.moe else 0)
 
   def _prefill(self, state) -> float:
     del state

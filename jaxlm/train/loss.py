@@ -1,5 +1,6 @@
 """Next-token cross-entropy that never stores the logits of all tokens."""
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,8 @@ def next_token_loss(config: ModelConfig, params: dict, hidden_BTD, targets_BT,
     the loss, chunk by chunk, so logits are multiplied out once.
   """
   mask_BT = mask_BT.astype(jnp.float32)
-  def loss(vocab, *args):
-    return _cross_entropy((config.final_soft_cap, z_loss, vocab), *args)
-  total = _on_devices(loss, True, fsdp, hidden_BTD,
+  options = Options(config.final_soft_cap, z_loss, fsdp)
+  total = _on_devices(_cross_entropy, options, True, hidden_BTD,
                       unembedding(config, params), targets_BT, mask_BT)
   return total, jnp.sum(mask_BT)
 
@@ -45,37 +45,45 @@ def token_losses(config: ModelConfig, params: dict, hidden_BTD, targets_BT,
   For evaluation, and at no more cost than `next_token_loss`, whose arguments
   these are; gradients are that one's to give.
   """
-  def losses(vocab, *args):
-    return _token_losses((config.final_soft_cap, 0.0, vocab), *args)
-  return _on_devices(losses, False, fsdp, hidden_BTD,
+  options = Options(config.final_soft_cap, 0.0, fsdp)
+  return _on_devices(_token_losses, options, False, hidden_BTD,
                      unembedding(config, params), targets_BT,
                      mask_BT.astype(jnp.float32))
 
 
-def _on_devices(loss, summed: bool, fsdp, hidden_BTD, table_DV, *of_tokens):
+class Options(typing.NamedTuple):
+  """Static. fsdp: of the table each device has some columns of the embedding's
+  width. vocab: the axes of the mesh that split the vocabulary."""
+  soft_cap: float | None
+  z_loss: float
+  fsdp: bool
+  vocab: tuple[str, ...] = ()
+
+
+def _on_devices(loss, options, summed: bool, hidden_BTD, table_DV, *of_tokens):
   """`loss` of all tokens, a sum or [B, T]: each device's own tokens over its
-  part of the vocabulary, which is split over the axes that `loss` is told."""
-  def local(vocab, hidden_BTD, table_DV, *of_tokens):
-    found = loss(vocab, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), table_DV,
-                 *(x.reshape(-1) for x in of_tokens))
+  part of the vocabulary."""
+  def local(options, hidden_BTD, table_DV, *of_tokens):
+    found = loss(options, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+                 table_DV, *(x.reshape(-1) for x in of_tokens))
     return found if summed else found.reshape(hidden_BTD.shape[:2])
 
   table_DV = table_DV.astype(hidden_BTD.dtype)
   if mesh.current() is None:
-    return local(None, hidden_BTD, table_DV, *of_tokens)
-  axes = mesh.rules(fsdp)
+    return local(options, hidden_BTD, table_DV, *of_tokens)
+  axes = mesh.rules(options.fsdp)
   batch = (*axes["batch"], *axes["length"])
   # By no axis that splits the tokens, as it is where weights are resident.
   vocab = tuple(name for name in axes["vocab"] if name not in batch)
 
   def sharded(hidden_BTD, table_DV, *of_tokens):
-    table_DV = mesh.gather(table_DV, 0, "embed", fsdp)
     # Summed over the devices here, these gradients are: the last to be.
     hidden_BTD, table_DV = vma.vary((hidden_BTD, table_DV), (*batch, *vocab))
-    found = local(vocab, hidden_BTD, table_DV, *of_tokens)
+    found = local(options._replace(vocab=vocab), hidden_BTD, table_DV,
+                  *of_tokens)
     return lax.psum(found, batch) if summed else found
 
-  table, tokens = mesh.spec("embed", None, fsdp=fsdp), ("batch", "length")
+  table, tokens = mesh.spec("embed", None, fsdp=options.fsdp), ("batch", "length")
   tokens_BT = mesh.spec(*tokens)
   return mesh.manual(
       sharded, (mesh.spec(*tokens, None), P(*table[:1], vocab), tokens_BT,
@@ -85,7 +93,7 @@ def _on_devices(loss, summed: bool, fsdp, hidden_BTD, table_DV, *of_tokens):
 
 def _chunk_loss(options, hidden_TD, table_DV, targets_T, mask_T):
   """The losses of a few tokens, and their gradient's factor of the logits."""
-  cap, z_loss, axes = options
+  cap, z_loss, _, axes = options
   logits_TV = jnp.dot(hidden_TD, table_DV, preferred_element_type=jnp.float32)
   slope = 1.0
   if cap is not None:
@@ -135,7 +143,16 @@ def _over_chunks(body, carry, arrays, vocab_size: int):
   return carry, jax.tree.map(lambda *y: jnp.concatenate(y), *outputs)
 
 
+def _whole(options, table_DV):
+  """The table's whole width, of the columns that this device has."""
+  if mesh.current() is None:
+    return table_DV
+  return mesh.gather(table_DV, 0, "embed", options.fsdp)
+
+
 def _token_losses(options, hidden_TD, table_DV, targets_T, mask_T):
+  table_DV = _whole(options, table_DV)
+
   def body(_, xs):
     hidden, targets, mask = xs
     return None, _chunk_loss(options, hidden, table_DV, targets, mask)[0]
@@ -156,6 +173,8 @@ def _zero(x, shape=()):
 
 
 def _forward(options, hidden_TD, table_DV, targets_T, mask_T):
+  table_DV, scatter = jax.vjp(functools.partial(_whole, options), table_DV)
+
   def body(carry, xs):
     total, dtable_DV = carry
     hidden, targets, mask = xs
@@ -168,7 +187,10 @@ def _forward(options, hidden_TD, table_DV, targets_T, mask_T):
   carry = _zero(mask_T), _zero(table_DV, table_DV.shape)
   (total, dtable_DV), dhidden_TD = _over_chunks(
       body, carry, (hidden_TD, targets_T, mask_T), table_DV.shape[1])
-  return total, (dhidden_TD, dtable_DV.astype(table_DV.dtype))
+  gradients = dhidden_TD, *scatter(dtable_DV.astype(table_DV.dtype))
+  # The layers' gradients, which need the first, are made after the second has
+  # gone to those who have the table: all of it in float32 would wait for them.
+  return total, lax.optimization_barrier(gradients)
 
 
 def _backward(options, gradients, scale):
