@@ -50,7 +50,7 @@ def get_design(config) -> design.Design:
       dense, targets={"active_params": targets["active_params"]},
       seq_len=seq_len)
   descriptions = {
-      name: (f"{found.config.num_layers} layers, " + (
+      name: (f"{_layers(found.config.num_layers)}, " + (
           f"{model.num_experts} experts of which {model.experts_per_token}"
           if found.config.moe else "dense"))
       for name, found in solutions.items()}

@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 # From the slowest links to the fastest: `tensor` neighbours are next to each
@@ -240,10 +242,26 @@ def gather(x, axis: int, logical: str, fsdp: bool = True):
   One axis of the mesh after the other, fewest bytes first: XLA turns a gather
   over all devices of some slices into an all-reduce, of twice the bytes. So it
   does on TPU with the scatter that is its transpose where parts do not fill
-  tiles of 128, but not of a dimension that is the devices'.
+  tiles of 128, but not of a dimension that is the devices', if that comes
+  first in memory.
   """
   for name in reversed(rules(fsdp)[logical] or ()):
     shape = x.shape
-    x = jax.lax.all_gather(x, name, axis=axis)
+    x = _gather(name, axis, x)
     x = x.reshape(*shape[:axis], -1, *shape[axis + 1:])
   return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(name: str, axis: int, x):
+  return jax.lax.all_gather(x, name, axis=axis)
+
+
+def _scatter(name, axis, _, dx):
+  dx = jnp.moveaxis(dx, axis, 0)
+  if axis:
+    dx = with_layout_constraint(dx, Layout(tuple(range(dx.ndim))))
+  return (jax.lax.psum_scatter(dx, name),)
+
+
+_gather.defvjp(lambda name, axis, x: (_gather(name, axis, x), None), _scatter)

@@ -201,7 +201,7 @@ class _Reader:
     users = list(self._users(computation, instruction))
     part = 1.1 * whole / size
     return "reduce-scatter" if users and all(
-        sum(array_bytes(x.shape)) <= part and self._slices(x)
+        any(sum(array_bytes(one.shape)) <= part for one in self._slices(x))
         for x in users) else None
 
   def _users(self, computation, instruction):
@@ -216,10 +216,11 @@ class _Reader:
       else:
         yield x
 
-  def _slices(self, instruction) -> bool:
-    return instruction.opcode == "dynamic-slice" or any(
-        x.opcode == "dynamic-slice" for name in self._called(instruction)
-        for x in self.computations[name])
+  def _slices(self, instruction) -> list[Instruction]:
+    """Those that an instruction is, or is made of."""
+    parts = [instruction, *(x for name in self._called(instruction)
+                            for x in self.computations[name])]
+    return [x for x in parts if x.opcode == "dynamic-slice"]
 
   def _operand_shapes(self, computation, instruction) -> str:
     names = re.findall(r"%([\w.\-]+)", instruction.text.partition(")")[0])
