@@ -5,7 +5,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 import pytest
 
-from jaxlm.parallel.mesh import manual
+from jaxlm.parallel.mesh import gather, manual
 from jaxlm.plan import hlo, programs
 from jaxlm.plan.devices import parse_slice
 
@@ -59,6 +59,32 @@ def test_each_is_read_with_its_axes_and_bytes(compiled):
   for key, nbytes in expected.items():
     # A reduce-scatter's rows are padded.
     assert found[key] == pytest.approx(nbytes, rel=0.01), key
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_gradients_of_gathered_weights_are_scattered(axis):
+  """Also where they do not fill tiles, between other dimensions."""
+  pytest.importorskip("libtpu", reason="Linux on x86 alone has libtpu")
+  mesh = programs.topology_mesh(parse_slice("v5p:4x4x4"),
+                                {"data": 4, "expert": 16})
+  shape, split = [6, 304, 1088], [None] * 3
+  shape[axis], split[axis] = 4 * 180, ("data", "context")
+
+  def loss(x, w):
+    w = gather(w, axis, "expert_embed")
+    return lax.psum(jnp.sum(jnp.tanh(jnp.einsum("DEF,TD->TEF", w, x))
+                            .astype(jnp.float32)), ("data", "context", "expert"))
+  rows = P(("data", "context", "expert"))
+  struct = lambda shape, spec: jax.ShapeDtypeStruct(
+      shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh):
+    function = manual(loss, (rows, P(*split)), P())
+    text = jax.jit(jax.grad(function, 1)).lower(
+        struct((16 * mesh.size, shape[0]), rows),
+        struct(tuple(shape), P(*split))).compile().as_text()
+  found = [one for one in hlo.collectives(text, dict(mesh.shape))
+           if one.axes == ("data",)]
+  assert {one.kind for one in found} == {"all-gather", "reduce-scatter"}
 
 
 PROGRAM = """HloModule m, is_scheduled=true
@@ -123,5 +149,20 @@ def test_a_sum_of_which_each_device_keeps_a_part_is_flagged():
   program = PROGRAM.replace("  ROOT %tuple.1", (
       "  %dynamic-slice.2 = f32[16,8] dynamic-slice(%all-reduce.7, %i, %z)\n"
       "  ROOT %tuple.1")).replace("%USER", "%dynamic-slice.2")
+  assert read("replica_groups=[4,4]<=[16]",
+              program=program).degraded == "reduce-scatter"
+
+
+def test_it_is_flagged_in_a_fusion_with_what_comes_next():
+  fused = """%fused (whole: f32[64,8], stack: f32[9,16,8]) -> f32[9,16,8] {
+  %dynamic-slice.3 = f32[16,8] dynamic-slice(%whole, %i, %z)
+  %row = f32[1,16,8] bitcast(%dynamic-slice.3)
+  ROOT %put = f32[9,16,8] dynamic-update-slice(%stack, %row, %j, %z, %z)
+}
+
+%body.1"""
+  program = PROGRAM.replace("%body.1", fused, 1).replace("  ROOT %tuple.1", (
+      "  %fusion.1 = f32[9,16,8] fusion(%all-reduce.7, %stack), kind=kLoop, "
+      "calls=%fused\n  ROOT %tuple.1")).replace("%USER", "%fusion.1")
   assert read("replica_groups=[4,4]<=[16]",
               program=program).degraded == "reduce-scatter"
