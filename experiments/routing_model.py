@@ -13,7 +13,7 @@ from jaxlm import data
 from jaxlm.config import ModelConfig
 from jaxlm.config_dict import from_dict
 from jaxlm.model.transformer import Execution
-from jaxlm.train.checkpoint import read_newest
+from jaxlm.train.checkpoint import newest, read_step
 
 SEQ_LEN = 512  # of rows, for what was not trained here
 DOCUMENTS = 8  # from so many files the tokens come
@@ -75,7 +75,7 @@ def _of_ablation(workdir, arm, seed, source, text) -> Subject:
     if value not in there:
       raise ValueError(f"--{what} {value}: {workdir} has {there}")
   directory = checkpoints(workdir, arm, seed)
-  state, about = read_newest(directory)
+  state, about = read_step(newest(directory))
   params = state["params"]
   if len(about["seeds"]) > 1:
     place = about["seeds"].index(seed)

@@ -122,13 +122,14 @@ def _logits(config, params, tokens_BT, execution):
 
 
 def load(path, dtype: str | None = "bfloat16") -> LM:
-  """Loads a checkpoint: Hugging Face's or OpenAI's layout, GGUF, jaxlm's own.
+  """Loads a checkpoint: Hugging Face's or OpenAI's layout, GGUF, jaxlm's own,
+  or the newest of a training run.
 
   Under `jax.set_mesh` it lies split over the mesh, one leaf at a time in the
   host's memory.
 
   Args:
-    path: of its directory, or of a GGUF file.
+    path: of its directory, of a GGUF file, or of a training run's workdir.
     dtype: "bfloat16", "float32", "float16", or None: as it is stored. Packed
       experts stay packed, laid out for the default device (`relayout`).
 

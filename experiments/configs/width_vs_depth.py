@@ -65,6 +65,10 @@ def get_design(config) -> design.Design:
           "memory"})
 
 
+def _layers(number: int) -> str:
+  return f"{number} layer" + "s" * (number > 1)
+
+
 def _mixture(config, depth):
   model = config.model
   ratio = (model.reference_depth / depth) ** 0.5

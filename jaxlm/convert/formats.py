@@ -2,12 +2,13 @@
 import pathlib
 from collections.abc import Callable
 
-from jaxlm.convert import files, gguf, huggingface, native, openai
+from jaxlm.convert import (files, gguf, huggingface, native, openai,
+                           training)
 from jaxlm.convert.checkpoint import Checkpoint
 
 # Each recognizes(path), and reads and writes a checkpoint.
 FORMATS = {"native": native, "hf": huggingface, "openai": openai}
-_READ_ONLY = {"gguf": gguf}
+_READ_ONLY = {"gguf": gguf, "training": training}
 
 
 def format_of(path) -> str:
@@ -25,7 +26,7 @@ def format_of(path) -> str:
   raise ValueError(
       f"{path} is no checkpoint: expected a directory with a config.json and "
       "*.safetensors (Hugging Face's or OpenAI's layout) or with what "
-      "jaxlm.save wrote, or a GGUF file")
+      "jaxlm.save wrote, a GGUF file, or the workdir of a training run")
 
 
 def read(path) -> Checkpoint:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import tokenizers
 
 
 class FimTokens(NamedTuple):
@@ -34,6 +35,9 @@ class Tokenizer(Protocol):
   def token_bytes(self) -> np.ndarray:
     """UTF-8 bytes each token stands for, int32 [vocab_size]; special: 0."""
 
+  def to_json(self) -> str | None:
+    """The same as the text of a tokenizer.json, if it can be said as one."""
+
 
 END_OF_DOCUMENT = "<|end_of_document|>"
 FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
@@ -58,6 +62,22 @@ class ByteTokenizer:
 
   def token_bytes(self) -> np.ndarray:
     return (np.arange(self.vocab_size) < 256).astype(np.int32)
+
+  def to_json(self) -> str:
+    letters = {letter: i for i, letter in enumerate(_byte_letters())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer.to_str()
+
+
+def _byte_letters() -> list[str]:
+  """The letter that stands for each byte in byte-level vocabularies (GPT-2)."""
+  shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  others = iter(range(256, 512))
+  return [chr(byte if byte in shown else next(others)) for byte in range(256)]
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> list[int]:

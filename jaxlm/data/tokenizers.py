@@ -130,6 +130,9 @@ class HuggingFaceTokenizer:
       sizes[i] = 0 if token.special else len(token.content.encode())
     return sizes
 
+  def to_json(self) -> str:
+    return self._tokenizer.to_str()
+
   def _piece_measure(self) -> Callable[[str], int]:
     """How many bytes a vocabulary entry stands for, by the kind of decoder."""
     decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}
@@ -251,6 +254,9 @@ class TiktokenTokenizer:
     for piece in self._encoding.token_byte_values():
       sizes[self._encoding.encode_single_token(piece)] = len(piece)
     return sizes
+
+  def to_json(self) -> None:
+    return None
 
 
 def cache_dir() -> pathlib.Path:

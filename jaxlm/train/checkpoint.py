@@ -151,26 +151,38 @@ class Checkpoints:
     self._manager.reload()
 
 
-def read_newest(directory) -> tuple[dict, dict]:
-  """(state, about) of the newest checkpoint, for whoever looks at a run.
-
-  Nothing there is changed. The state is a nested dict by the names of the
-  leaves (params, opt_state, ...), on the first device; `about` has what the
-  run put there (seeds, model, train), and step, eval_loss and leaves.
-
-  Raises:
-    CheckpointError: there is none, or it is damaged.
-  """
+def newest(directory) -> pathlib.Path:
+  """Where the newest checkpoint of a run lies; CheckpointError without any."""
   directory = pathlib.Path(directory).absolute()
   steps = [int(path.name) for path in directory.glob("*")
            if path.name.isdecimal()]
   if not steps:
     raise CheckpointError(f"{directory} has no checkpoint: train with that "
                           "directory and keep what it saves")
-  where = directory / str(max(steps))
+  return directory / str(max(steps))
+
+
+def read_step(where: pathlib.Path, only: str = "",
+              device: jax.Device | None = None) -> tuple[dict, dict]:
+  """(state, about) of one checkpoint, for whoever looks at a run.
+
+  Nothing there is changed. The state is a nested dict by the names of the
+  leaves (params, opt_state, ...); `about` has what the run put there (seeds,
+  model, train), and step, eval_loss and leaves.
+
+  Args:
+    only: the leaves whose names begin with it.
+    device: to read them onto; the first by default.
+
+  Raises:
+    CheckpointError: it is damaged.
+  """
+  state = None
   about, why = _try(_read_about, where)
   if not why:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    about["leaves"] = {name: leaf for name, leaf in about["leaves"].items()
+                       if name.startswith(only)}
+    device = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     state, why = _try(_read_state, where, traverse_util.unflatten_dict({
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
         for name, (shape, dtype, _) in about["leaves"].items()}, sep="/"))
@@ -193,10 +205,11 @@ def _read_state(where: pathlib.Path, abstract):
   # Each for itself: who waits for one that failed would wait long.
   alone = _processes([jax.process_index()])
   with ocp.Checkpointer(
-      ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+      ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
       multiprocessing_options=alone) as reader:
-    tree = reader.restore(where / "state",
-                          args=ocp.args.StandardRestore(tree))
+    tree = reader.restore(where / "state", args=ocp.args.PyTreeRestore(
+        tree, ocp.checkpoint_utils.construct_restore_args(tree),
+        partial_restore=True))
   leaves = traverse_util.flatten_dict(tree, sep="/")
   return jax.tree.unflatten(jax.tree.structure(abstract),
                             [leaves[name] for name in named_leaves(abstract)])

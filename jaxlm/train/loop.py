@@ -17,6 +17,7 @@ from jaxlm.config_dict import to_dict
 from jaxlm.data.bundle import DataBundle
 from jaxlm.data.pipeline import prefetch
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.multihost import is_main
 from jaxlm.train.checkpoint import CheckpointError, Checkpoints
 from jaxlm.train.evaluation import Heldout, RouterLoad
 from jaxlm.train.metrics import LossWatch, MetricsWriter
@@ -154,11 +155,14 @@ class _Run:
     self.programs = Programs(model_config, train_config, seeds, mesh)
     self.heldout = Heldout(self.programs, train_config, data)
     names = [f"seed_{seed}" for seed in seeds]
-    self.checkpoints = Checkpoints(
-        workdir / (names[0] if len(seeds) == 1 else
-                   "seeds_" + "_".join(map(str, seeds))) / "checkpoints",
-        train_config.keep, train_config.keep_best)
+    directory = workdir / (names[0] if len(seeds) == 1 else "seeds_" + "_".join(
+        map(str, seeds))) / "checkpoints"
+    self.checkpoints = Checkpoints(directory, train_config.keep,
+                                   train_config.keep_best)
     stack.push(self._leave)
+    text = data.tokenizer.to_json()
+    if text and is_main():  # for who loads the model
+      (directory / "tokenizer.json").write_text(text)
     self.identity = {"seeds": list(seeds), "model": to_dict(model_config),
                      "train": {name: value for name, value
                                in to_dict(train_config).items()

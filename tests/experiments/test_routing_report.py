@@ -22,7 +22,7 @@ from jaxlm.config_dict import to_dict
 from jaxlm.data import build_dataset, ByteTokenizer
 from jaxlm.model.trace import trace
 from jaxlm.train import train
-from jaxlm.train.checkpoint import Checkpoints, read_newest
+from jaxlm.train.checkpoint import Checkpoints, newest, read_step
 from quick import jax_options
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -195,8 +195,8 @@ def test_an_ablation_s_page(main, ablation):
 
 
 def test_each_seed_s_own_parameters_are_read(ablation):
-  state, about = read_newest(
-      ablation / "arms" / "mixture" / "seeds_3_5" / "checkpoints")
+  state, about = read_step(newest(
+      ablation / "arms" / "mixture" / "seeds_3_5" / "checkpoints"))
   assert about["seeds"] == [3, 5]
   for place, seed in enumerate(SEEDS):
     subject = routing_model.read(ablation, seed=seed)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.train.checkpoint import (CheckpointError, Checkpoints,
-                                    read_newest)
+                                    newest, read_step)
 
 # Damaged files leave tensorstore futures that nobody asks for their error.
 pytestmark = pytest.mark.filterwarnings(
@@ -253,7 +253,7 @@ def test_an_unwritable_directory_is_named(tmp_path):
 
 def test_the_newest_is_read_without_knowing_the_model(saved):
   before = sorted(saved.rglob("*"))
-  found, about = read_newest(saved)
+  found, about = read_step(newest(saved))
   assert about["step"] == 4 and about["model"] == EXPECTED["model"]
   jax.tree.map(np.testing.assert_array_equal, found, state(4))
   assert sorted(saved.rglob("*")) == before
@@ -263,6 +263,6 @@ def test_a_damaged_one_is_not_read(directory):
   metadata = directory / "4" / "about" / "metadata"
   metadata.write_text(metadata.read_text().replace('"step": 4', '"step": 5'))
   with pytest.raises(CheckpointError, match="4 cannot be read: its descr"):
-    read_newest(directory)
+    read_step(newest(directory))
   with pytest.raises(CheckpointError, match="elsewhere has no checkpoint"):
-    read_newest(directory.parent / "elsewhere")
+    newest(directory.parent / "elsewhere")
