@@ -5,9 +5,6 @@ its `checkpoints`, of which the newest is taken, or one of those.
 """
 import pathlib
 
-import jax
-import numpy as np
-
 from jaxlm.config import ModelConfig
 from jaxlm.config_dict import from_dict
 from jaxlm.convert import files
@@ -47,13 +44,12 @@ def read(path: pathlib.Path) -> Checkpoint:
   [where] = found
   if not (where / "about").is_dir():
     where = newest(where)
-  state, about = read_step(where, "params/", jax.local_devices(
-      backend="cpu")[0])
+  state, about = read_step(where, "params/")
   if len(about["seeds"]) > 1:
     raise ValueError(f"{where} has the seeds {about['seeds']} together: train "
                      "the one that you want by itself")
   config = from_dict(ModelConfig, about["model"], "model")
-  params = per_layer(config, jax.tree.map(np.asarray, state["params"]))
+  params = per_layer(config, state["params"])
   tensors = {name: of_array(x) for name, x in named_leaves(params).items()}
   shapes = leaf_shapes(config)
   check(where, shapes, tensors)

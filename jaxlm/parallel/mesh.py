@@ -259,7 +259,7 @@ def _gather(name: str, axis: int, x):
 
 def _scatter(name, axis, _, dx):
   dx = jnp.moveaxis(dx, axis, 0)
-  if axis:
+  if axis:  # the first comes first of itself, in a layout that may be smaller
     dx = with_layout_constraint(dx, Layout(tuple(range(dx.ndim))))
   return (jax.lax.psum_scatter(dx, name),)
 

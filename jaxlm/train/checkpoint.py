@@ -12,6 +12,7 @@ import zlib
 
 from flax import traverse_util
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm.parallel.multihost import everyone, is_main
@@ -162,17 +163,15 @@ def newest(directory) -> pathlib.Path:
   return directory / str(max(steps))
 
 
-def read_step(where: pathlib.Path, only: str = "",
-              device: jax.Device | None = None) -> tuple[dict, dict]:
+def read_step(where: pathlib.Path, only: str = "") -> tuple[dict, dict]:
   """(state, about) of one checkpoint, for whoever looks at a run.
 
   Nothing there is changed. The state is a nested dict by the names of the
-  leaves (params, opt_state, ...); `about` has what the run put there (seeds,
-  model, train), and step, eval_loss and leaves.
+  leaves (params, opt_state, ...), in the host's memory; `about` has what the
+  run put there (seeds, model, train), and step, eval_loss and leaves.
 
   Args:
     only: the leaves whose names begin with it.
-    device: to read them onto; the first by default.
 
   Raises:
     CheckpointError: it is damaged.
@@ -182,9 +181,8 @@ def read_step(where: pathlib.Path, only: str = "",
   if not why:
     about["leaves"] = {name: leaf for name, leaf in about["leaves"].items()
                        if name.startswith(only)}
-    device = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     state, why = _try(_read_state, where, traverse_util.unflatten_dict({
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+        name: np.broadcast_to(np.zeros((), dtype), shape)  # takes no memory
         for name, (shape, dtype, _) in about["leaves"].items()}, sep="/"))
   why = why or _changed(about, state)
   if why:

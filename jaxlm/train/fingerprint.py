@@ -20,14 +20,15 @@ BLOCK = 2**16
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, tuple[int, bool]]:
-  """Of each array its number, and whether all of it is finite.
+def fingerprints(leaves: dict) -> dict[str, tuple[int, bool]]:
+  """Of each array, jax's or the host's, its number, and whether it is finite.
 
   Each device reads the parts that it has, once; of what is on several
   processes, all of them must ask.
   """
-  shardings = tuple(x.sharding if len(x.sharding.device_set) > 1 else None
-                    for x in leaves.values())
+  shardings = tuple(
+      x.sharding if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+      else None for x in leaves.values())
   found = jax.device_get(_fingerprints(shardings, list(leaves.values())))
   return {name: (int(number), bool(finite))
           for name, (number, finite) in zip(leaves, found)}

@@ -1,4 +1,5 @@
 """Checkpoints that are of another run, damaged or not finite."""
+import gc
 import pathlib
 import random
 import shutil
@@ -18,6 +19,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning")
 
 EXPECTED = {"model": {"num_layers": 3, "norm": {"eps": 1e-5}}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _while_that_is_ignored():
+  yield
+  gc.collect()
 
 
 def state(value: float):
