@@ -105,7 +105,10 @@ def describe(trend: Trend, found: Fit | None) -> str:
   if low == 0 and high == math.inf:
     return (f"The losses do not determine the exponent of {trend.label} "
             f"(published: {trend.published:g}, {trend.source}).")
-  inside = low <= trend.published <= high
+  lies = (f"the published {trend.published:g} ({trend.source}) lies "
+          f"{'inside' if low <= trend.published <= high else 'outside'}.")
+  if found.exponent == EXPONENTS[-1]:
+    return (f"Past the first step of {trend.label} the loss falls no further, so "
+            f"any exponent from {low:.2g} on fits (95 %); {lies}")
   return (f"Fitted exponent of {trend.label}: {found.exponent:.2g}, 95 % "
-          f"interval {ends}; the published {trend.published:g} "
-          f"({trend.source}) lies {'inside' if inside else 'outside'}.")
+          f"interval {ends}; {lies}")

@@ -43,6 +43,9 @@ def test_words_follow_the_interval():
   assert "lies inside" in sure and "0.58 (somebody)" in sure
   off = scaling.describe(TREND, scaling.fit(TREND, *losses(1.7, noise=1e-3)))
   assert "lies outside" in off
+  step = scaling.describe(TREND, scaling.fit(TREND, *losses(30, noise=1e-3)))
+  assert step.startswith("Past the first step of granularity")
+  assert "lies outside" in step
   worse = scaling.describe(TREND, scaling.fit(
       TREND, *losses(0.58, gain=-0.5, noise=1e-3)))
   assert "rises with granularity" in worse
