@@ -126,7 +126,7 @@ def load(path, dtype: str | None = "bfloat16") -> LM:
   or the newest of a training run.
 
   Under `jax.set_mesh` it lies split over the mesh, one leaf at a time in the
-  host's memory.
+  host's memory (of a training run all of them).
 
   Args:
     path: of its directory, of a GGUF file, or of a training run's workdir.

@@ -16,7 +16,7 @@ import pytest
 from quick import jax_options
 
 # Tracing makes many objects that live long: looking through them for cycles at
-# the default pace takes a tenth of the time.
+# the default pace took a twentieth of the time.
 gc.set_threshold(100_000, 20, 100)
 
 # For what is split over devices; all else runs on the first of them.

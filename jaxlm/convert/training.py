@@ -55,4 +55,3 @@ def read(path: pathlib.Path) -> Checkpoint:
   check(where, shapes, tensors)
   return Checkpoint(config, {name: tensors[name] for name in shapes},
                     files=files.text_files(where.parent))
-

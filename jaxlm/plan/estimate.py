@@ -46,7 +46,7 @@ def estimate(job: Job) -> Estimate:
   """Raises ValueError if something does not divide over the mesh."""
   state = programs.bytes_by_kind(job, programs.abstract_mesh(job.sizes))
   shapes = Shapes(job)
-  return Estimate(state, shapes.temporaries(state), shapes.wire(),
+  return Estimate(state, shapes.temporaries(), shapes.wire(),
                   useful_flops(job) / job.slice.size,
                   executed_flops(job) / job.slice.size)
 
@@ -132,9 +132,9 @@ class Shapes:
     self.weights = _weights(job.config)
     self.num_moe = sum(layer.moe for layer in job.config.layers)
 
-  def temporaries(self, state) -> float:
+  def temporaries(self) -> float:
     return {"train": self._training, "prefill": self._prefill,
-            "decode": self._decoding}[self.job.task](state)
+            "decode": self._decoding}[self.job.task]()
 
   def _layer(self) -> float:
     """Bytes of one layer's activations at their peak, forward."""
@@ -161,8 +161,7 @@ class Shapes:
                    + self.weights["expert_layer"] / self.mesh["expert"]
                    ) / self.mesh["tensor"]
 
-  def _training(self, state) -> float:
-    del state
+  def _training(self) -> float:
     config, mesh = self.config, self.mesh
     weights, tensor = self.weights, mesh["tensor"]
     kept = (config.num_layers + 2) * self.tokens * self.row
@@ -179,19 +178,17 @@ class Shapes:
     return kept + parts + max(loss, 4 / ITEM * parts + layer) + self._code()
 
   def _code(self) -> float:
-    """Each layer that the program repeats is in it once."""
+    """Bytes of the program: each kind of layer once."""
     layers = sum(len(stack.kinds) for stack in stacks(self.config))
     return layers * CODE + (EXPERT_CODE if self.config.moe else 0)
 
-  def _prefill(self, state) -> float:
-    del state
+  def _prefill(self) -> float:
     return self._layer() + 2 * self.tokens * self.row
 
-  def _decoding(self, state) -> float:
-    del state
+  def _decoding(self) -> float:
     words = self.config.vocab_size / self.mesh["tensor"]
     rows = self.job.batch / self.job.batch_parts
-    return 3 * rows * words * 4 + 8 * self._layer() + CODE
+    return 3 * rows * words * 4 + 8 * self._layer() + self._code()
 
   def wire(self) -> dict[tuple[str, str], float]:
     found = {}

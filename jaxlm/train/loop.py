@@ -160,9 +160,6 @@ class _Run:
     self.checkpoints = Checkpoints(directory, train_config.keep,
                                    train_config.keep_best)
     stack.push(self._leave)
-    text = data.tokenizer.to_json()
-    if text and is_main():  # for who loads the model
-      (directory / "tokenizer.json").write_text(text)
     self.identity = {"seeds": list(seeds), "model": to_dict(model_config),
                      "train": {name: value for name, value
                                in to_dict(train_config).items()
@@ -171,6 +168,9 @@ class _Run:
         data.train, train_config.batch_size, seeds, self.programs.local_rows))
     stack.callback(self.batches.close)
     recent = self._restore()
+    text = data.tokenizer.to_json()
+    if text and is_main():  # for who loads the model; of this run, by now
+      (directory / "tokenizer.json").write_text(text, "utf-8")
     self.watches = [LossWatch(train_config.spike_factor, r) for r in recent]
     self.writers = []
     for name in names:

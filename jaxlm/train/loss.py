@@ -83,7 +83,8 @@ def _on_devices(loss, options, summed: bool, hidden_BTD, table_DV, *of_tokens):
                   *of_tokens)
     return lax.psum(found, batch) if summed else found
 
-  table, tokens = mesh.spec("embed", None, fsdp=options.fsdp), ("batch", "length")
+  table = mesh.spec("embed", None, fsdp=options.fsdp)
+  tokens = "batch", "length"
   tokens_BT = mesh.spec(*tokens)
   return mesh.manual(
       sharded, (mesh.spec(*tokens, None), P(*table[:1], vocab), tokens_BT,

@@ -71,10 +71,10 @@ def test_gradients_of_gathered_weights_are_scattered(axis):
   shape[axis], split[axis] = 4 * 180, ("data", "context")
 
   def loss(x, w):
-    w = gather(w, axis, "expert_embed")
-    return lax.psum(jnp.sum(jnp.tanh(jnp.einsum("DEF,TD->TEF", w, x))
-                            .astype(jnp.float32)), ("data", "context", "expert"))
-  rows = P(("data", "context", "expert"))
+    y = jnp.einsum("DEF,TD->TEF", gather(w, axis, "expert_embed"), x)
+    return lax.psum(jnp.sum(jnp.tanh(y).astype(jnp.float32)), axes)
+  axes = "data", "context", "expert"
+  rows = P(axes)
   struct = lambda shape, spec: jax.ShapeDtypeStruct(
       shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
   with jax.set_mesh(mesh):

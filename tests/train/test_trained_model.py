@@ -1,15 +1,20 @@
 """What a run saved, loaded as any checkpoint."""
+import dataclasses
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlm
 from jaxlm.cli import main
+from jaxlm.config_dict import to_dict
 from jaxlm.convert import formats
 from jaxlm.data import load_tokenizer
-from jaxlm.model.transformer import per_layer
+from jaxlm.model.transformer import init_params, per_layer
+from jaxlm.train import train
+from jaxlm.train.checkpoint import Checkpoints
 import toy_training as toy
 
 pytestmark = pytest.mark.usefixtures("program_cache")
@@ -62,6 +67,31 @@ def test_it_is_converted_and_goes_on_with_numbers(whole_run, loaded, tmp_path,
   assert main(["generate", str(whole_run.workdir), "--prompt", "31 32 33 34",
                "--max-new-tokens", "6", "--temperature", "0"]) == 0
   assert len(capsys.readouterr().out) == 7  # of so small a model mostly spaces
+
+
+def test_layers_of_a_kind_are_taken_apart(tmp_path):
+  params = init_params(toy.MOE, jax.random.key(3))
+  about = {"seeds": [3], "model": to_dict(toy.MOE)}
+  for name, told in (("one", about), ("two", about | {"seeds": [3, 4]})):
+    checkpoints = Checkpoints(tmp_path / name / "checkpoints", 1)
+    checkpoints.save(1, {"params": params, "step": jnp.int32(1)}, told)
+    checkpoints.close()
+  lm = jaxlm.load(tmp_path / "one", dtype=None)
+  assert lm.config == toy.MOE and lm.tokenizer is None
+  jax.tree.map(np.testing.assert_array_equal, lm.params,
+               per_layer(toy.MOE, params))
+  with pytest.raises(ValueError, match=r"the seeds \[3, 4\] together"):
+    jaxlm.load(tmp_path / "two")
+
+
+def test_a_refused_run_leaves_the_tokenizer(whole_run, tmp_path):
+  shutil.copytree(whole_run.workdir / "seed_7", tmp_path / "seed_7")
+  path = tmp_path / "seed_7" / "checkpoints" / "tokenizer.json"
+  path.write_text("another")
+  other = dataclasses.replace(toy.TRAIN, z_loss=0.5)
+  with pytest.raises(ValueError, match="saved by another run"):
+    train(toy.DENSE, other, toy.counting_data(), tmp_path, seeds=(7,))
+  assert path.read_text() == "another"
 
 
 def test_several_runs_and_damage_are_refused(whole_run, tmp_path):
