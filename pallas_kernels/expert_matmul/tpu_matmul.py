@@ -120,7 +120,8 @@ def matmul(x_MK, weights: Operand, num_outputs: int, visits, plan: Plan, *,
   parts = pl.cdiv(depth, plan.depth)
   scratch = [pltpu.VMEM(shape, dtype) for shape, dtype in weights.scratch]
   if weights.cache:
-    scratch.append(pltpu.VMEM(weights.cache, x_MK.dtype))
+    scratch.append(pltpu.VMEM(
+        weights.cache, jnp.int32 if weights.words else x_MK.dtype))
     if parts > 1:
       scratch.append(pltpu.VMEM((plan.rows, plan.columns), jnp.float32))
   arrays = () if plan.static_visits else visits[:-1]
@@ -171,11 +172,15 @@ def _kernel(*refs, plan: Plan, weights: Operand, num_arrays: int,
     return x
 
   def dot(start, end, w_ref):
+    x = rows(start, end)
     if weights.outputs_first:
       w, axis = w_ref[..., start:end], 1
+    elif weights.words:
+      w, axis = w_ref[start // 2:end // 2, :], 0
     else:
       w, axis = w_ref[..., start:end, :], 0
-    x = rows(start, end)
+    if weights.words:
+      w = pltpu.bitcast(w, x.dtype)
     return lax.dot_general(
         x, w.reshape(w.shape[-2:]), (((1,), (axis,)), ((), ())),
         precision=(lax.Precision.HIGHEST if x.dtype == jnp.float32 else
