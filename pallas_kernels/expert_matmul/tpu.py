@@ -25,10 +25,15 @@ MIB = 2 ** 20
 class Tile:
   """Of a matmul: rows, columns of its result, and how much of the contracted
   dimension is dequantized at a time (of the weights' gradient: rows, columns,
-  and inputs)."""
+  and inputs).
+
+  keep: whether dequantized weights stay for an expert's later visits; of MXFP4
+    they can be made again at each visit, which takes less VMEM.
+  """
   rows: int
   columns: int
   depth: int
+  keep: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +53,15 @@ class TPUBlocks:
 class _Generation:
   """vmem: bytes a kernel may use. few, many: the most columns of a tile, with
   few rows an expert (a large tile spreads what a step costs) and with many.
-  packed: vectors of bfloat16 are multiplied. cores: that split the columns."""
+  packed: vectors of bfloat16 are multiplied. cores: that split the columns.
+  keep: with few rows, whether MXFP4 stays dequantized: where the matrix unit
+  takes weights no faster than they are dequantized, that saves nothing."""
   vmem: int
   few: int
   many: int
   packed: bool
   cores: int = 1
+  keep: bool = True
 
 
 _GENERATIONS = {
@@ -61,7 +69,7 @@ _GENERATIONS = {
     "v5e": _Generation(100 * MIB, 2048, 1024, False),
     "v5p": _Generation(52 * MIB, 3072, 768, False, 2),
     "v6e": _Generation(100 * MIB, 2048, 1280, True),
-    "7x": _Generation(48 * MIB, 2048, 768, True),
+    "7x": _Generation(40 * MIB, 6144, 768, True, keep=False),
 }
 # Rows an expert up to which they are few.
 FEW = 64
@@ -131,8 +139,8 @@ def _matmul(x_MK, weights, group_sizes_E, bias_EF, row_weights_M, options, *,
   if blocks.static_schedule:
     static = num_rows // tile.rows // num_experts
   plan = tpu_matmul.Plan(
-      tile.rows, tile.columns, tile.depth, options.swiglu_limit, static,
-      None if options.interpret else generation.vmem, options.interpret)
+      tile.rows, tile.columns, tile.depth, options.swiglu_limit, tile.keep,
+      static, None if options.interpret else generation.vmem, options.interpret)
   visits = schedule.visits(group_sizes_E, num_rows, tile.rows, large_E=large_E)
   tiles = -(-_all_columns(weights, transposed) // tile.columns)
   weights = operand(weights, tile.columns, x_MK.dtype, transposed=transposed,
@@ -198,15 +206,16 @@ def default_tile(x_MK, weights, *, transposed=False, fused=False) -> Tile:
   step = _step(weights, transposed, fused)
   columns = _all_columns(weights, transposed)
   most = generation.few if share <= FEW else generation.many
-  chunk = depth
+  chunk, keep = depth, True
   if is_quantized(weights) and rows <= FEW and not (
       transposed and isinstance(weights, MXFP4Pairs)):
     chunk = min(depth, _DEPTH)
+    keep = generation.keep or not isinstance(weights, MXFP4Pairs)
   tiles = -(-columns // most)
   while True:
     tiles = _round_up(tiles, generation.cores) if tiles > 1 else tiles
     wide = _round_up(-(-columns // tiles), step) if tiles > 1 else columns
-    tile = Tile(rows, wide, chunk)
+    tile = Tile(rows, wide, chunk, keep)
     if (vmem_bytes(tile, x_MK, weights, transposed) <= generation.vmem
         or wide <= step):
       return tile
@@ -219,7 +228,10 @@ def vmem_bytes(tile: Tile, x_MK, weights, transposed=False) -> int:
   size, depth = x_MK.dtype.itemsize, _round_up(x_MK.shape[1], LANES)
   weight = depth * _round_up(tile.columns, LANES)
   if isinstance(weights, MXFP4Pairs):
-    fetched, cached = weight * 17 // 32, weight * size + weight // 8
+    fetched, cached = weight * 17 // 32, weight * size
+    if not tile.keep:
+      cached = min(cached, 2 * tile.depth * tile.columns * size)
+    cached += weight // 8
   elif is_quantized(weights):
     fetched, cached = weight, weight * size
   else:
@@ -243,6 +255,8 @@ def _check(tile, x_MK, weights, transposed, options):
   if tile.depth < depth and transposed and isinstance(weights, MXFP4Pairs):
     raise ValueError(f"blocks: depth={tile.depth}: MXFP4 is transposed with "
                      f"all {depth} at a time")
+  if not tile.keep and (transposed or not isinstance(weights, MXFP4Pairs)):
+    raise ValueError("blocks: keep=False is for MXFP4, not transposed")
   used, limit = vmem_bytes(tile, x_MK, weights, transposed), _generation().vmem
   if not options.interpret and used > limit:
     raise ValueError(f"blocks: {tile} takes about {used / MIB:.0f} MiB of "

@@ -45,9 +45,9 @@ class Operand:
   words: whether the cache holds bfloat16 as int32, two rows in one.
   scratch: shapes and dtypes of memory `prepare` fills for `fill`.
   prepare(refs, scratch): once a tile.
-  fill(refs, scratch, cache, start, end, tile): that depth of the tile.
-  fill_exact(refs, scratch, cache): all of the tile, for scales that `fill` is
-    wrong for.
+  fill(refs, scratch, cache, start, end, tile[, at]): that depth of the tile,
+    into the cache from row `at` on (of MXFP4; of others it is `start`).
+  prepare_exact, fill_exact: likewise, for scales that these are wrong for.
   input_scales_EK, output_scales_EN: by which the other operand and the
     result are multiplied.
   """
@@ -59,6 +59,7 @@ class Operand:
   scratch: tuple = ()
   prepare: typing.Callable | None = None
   fill: typing.Callable | None = None
+  prepare_exact: typing.Callable | None = None
   fill_exact: typing.Callable | None = None
   input_scales_EK: typing.Any = None
   output_scales_EN: typing.Any = None
@@ -138,8 +139,7 @@ def _pairs(weights: MXFP4Pairs, columns: int, dtype, transposed: bool,
   lanes = weights.pairs.shape[-1]
   depth = weights.pairs.shape[-2] * 8
   groups = weights.pair_scales.shape[-2]
-  words = dtype == jnp.bfloat16
-  packed = packed and words
+  packed = packed and dtype == jnp.bfloat16
   if transposed:
     rows, width, axis = columns, lanes, 1
     groups = min(-(-columns // 1024) * 32, groups)  # whole tiles of bytes
@@ -147,13 +147,13 @@ def _pairs(weights: MXFP4Pairs, columns: int, dtype, transposed: bool,
     rows, width, axis = depth, columns, 2
   blocks = (((1, rows // 8, width), axis), ((1, groups, width), axis))
   return Operand(
-      (weights.pairs, weights.pair_scales), blocks, transposed,
-      (rows // 2 if words else rows, width), words,
-      (((groups, width), jnp.int32),),
+      (weights.pairs, weights.pair_scales), blocks, transposed, (rows, width),
+      dtype == jnp.bfloat16, (((groups, width), jnp.int32),),
       functools.partial(_prepare_pairs, packed=packed),
       functools.partial(_fill_pairs, transposed=transposed, packed=packed,
                         interpreted=interpreted),
-      _fill_pairs_exactly)
+      _prepare_pairs_exactly,
+      functools.partial(_fill_pairs_exactly, transposed=transposed))
 
 
 def _float(bits):
@@ -183,7 +183,7 @@ def _put(cache, row, w):
   """
   if cache.dtype == jnp.int32:
     w = pltpu.bitcast(w.astype(jnp.bfloat16), jnp.int32)
-    row //= 2
+    row = row // 2 if isinstance(row, int) else pl.multiple_of(row // 2, 8)
   cache[pl.ds(row, w.shape[0]), :] = w.astype(cache.dtype)
 
 
@@ -194,42 +194,48 @@ def _eight_times(ref, row: int, interpreted: bool):
   return ref[pl.ds(row, 8, stride=0), :]
 
 
-def _fill_pairs(refs, scratch, cache, start, end, tile, *, transposed, packed,
-                interpreted):
+def _fill_pairs(refs, scratch, cache, start, end, tile, at=None, *, transposed,
+                packed, interpreted):
   if transposed:  # every pair has all of the depth
     start, end = 0, refs[0].shape[1] * 8
+  shift = 0 if at is None else at - start
   scales = scratch[0]
   for pair in range(start // PAIR, -(-end // PAIR)):
     for i, values in enumerate(_values(refs[0][0, 8 * pair:8 * pair + 8, :])):
-      block, row = 2 * pair + i, PAIR * pair + BLOCK * i
+      block, row = 2 * pair + i, PAIR * pair + BLOCK * i + shift
+      scale = _eight_times(scales, block, interpreted)
       if packed:
-        scale = pltpu.bitcast(_eight_times(scales, block, interpreted),
-                              jnp.bfloat16)
+        scale = pltpu.bitcast(scale, jnp.bfloat16)
         values = values.astype(jnp.bfloat16)
         for half in range(0, BLOCK, 16):
           _put(cache, row + half, values[half:half + 16] * scale)
       else:
-        scale = _float(_eight_times(scales, block, interpreted))
-        values = values.astype(jnp.float32)
+        values, scale = values.astype(jnp.float32), _float(scale)
         for half in range(0, BLOCK, 16):
           _put(cache, row + half, jnp.concatenate([
               values[a:a + 8] * scale for a in (half, half + 8)], 0))
 
 
-def _fill_pairs_exactly(refs, scratch, cache):
+def _prepare_pairs_exactly(refs, scratch):
+  scratch[0][...] = refs[1][0].astype(jnp.int32)
+
+
+def _fill_pairs_exactly(refs, scratch, cache, start, end, tile, at=None, *,
+                        transposed):
   """Any scale: above 2^0 values get their 2^14 first, below the scale does."""
-  words, scales = refs
-  scratch[0][...] = scales[0].astype(jnp.int32)
+  if transposed:
+    start, end = 0, refs[0].shape[1] * 8
+  shift = 0 if at is None else at - start
 
   def pair(p, _):
-    for i, values in enumerate(_values(words[0, pl.ds(8 * p, 8), :])):
+    for i, values in enumerate(_values(refs[0][0, pl.ds(8 * p, 8), :])):
       scale = scratch[0][pl.ds(2 * p + i, 1), :]
       above = scale > 127
       first = jnp.where(above, 2.0 ** EXPONENT, 1.0)
       then = _float(jnp.where(above, scale, scale + EXPONENT) << 23)
       then = jnp.where(scale == 255, jnp.nan, then)
       w = values.astype(jnp.float32) * first * then
-      _put(cache, pl.multiple_of(PAIR * p + BLOCK * i, BLOCK), w)
+      _put(cache, pl.multiple_of(PAIR * p + BLOCK * i + shift, BLOCK), w)
     return 0
 
-  lax.fori_loop(0, words.shape[1] // 8, pair, 0)
+  lax.fori_loop(start // PAIR, -(-end // PAIR), pair, 0)

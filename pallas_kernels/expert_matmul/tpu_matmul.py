@@ -15,6 +15,13 @@ hidden behind the matrix unit when rows are many (512 rows: 8.0, 2.0 and 1.8
 cycles for 1024 weights on v5e, v6e, 7x, against 1.2, 0.7, 0.45), and when
 they are few it is the vector unit (v5e, v5p, v6e) or pushing weights into the
 matrix unit (7x, 0.5 cycles) that takes the time. Later visits only multiply.
+
+A step begins and ends with some 350 cycles in which no weights are pushed (the
+copies' bookkeeping, the last product's way through the array), so a tile has
+as many outputs as VMEM holds. On 7x a later visit, which pushes the weights
+too, is none the slower for dequantizing them again. So with few rows they are
+not kept, only two parts of the depth by turns, and a tile is a whole matrix of
+2880 by 5760: 18 MB of VMEM for two of it packed, not 33 MB more.
 """
 import dataclasses
 import functools
@@ -37,6 +44,7 @@ class Plan:
   """rows, columns, depth: of a tile of rows, of outputs, and how much of the
   contraction is dequantized at a time.
 
+  keep: whether an expert's later visits find its tile dequantized.
   static_visits: for a profiler that cannot follow data: visit v is row tile
     v, and all experts have the same number of them. 0 otherwise.
   """
@@ -44,6 +52,7 @@ class Plan:
   columns: int
   depth: int
   swiglu_limit: float | None = None
+  keep: bool = True
   static_visits: int = 0
   vmem_bytes: int | None = None
   interpret: typing.Any = False
@@ -120,8 +129,11 @@ def matmul(x_MK, weights: Operand, num_outputs: int, visits, plan: Plan, *,
   parts = pl.cdiv(depth, plan.depth)
   scratch = [pltpu.VMEM(shape, dtype) for shape, dtype in weights.scratch]
   if weights.cache:
-    scratch.append(pltpu.VMEM(
-        weights.cache, jnp.int32 if weights.words else x_MK.dtype))
+    kept, width = weights.cache
+    if not plan.keep:
+      kept = min(kept, 2 * plan.depth)
+    scratch.append(pltpu.VMEM((kept // 2, width), jnp.int32) if weights.words
+                   else pltpu.VMEM((kept, width), x_MK.dtype))
     if parts > 1:
       scratch.append(pltpu.VMEM((plan.rows, plan.columns), jnp.float32))
   arrays = () if plan.static_visits else visits[:-1]
@@ -171,14 +183,16 @@ def _kernel(*refs, plan: Plan, weights: Operand, num_arrays: int,
            ).astype(x.dtype)
     return x
 
-  def dot(start, end, w_ref):
-    x = rows(start, end)
+  def dot(start, end, w_ref, at=None):
+    """at: where that depth begins in w_ref."""
+    x, at = rows(start, end), start if at is None else at
+    stop = at + end - start
     if weights.outputs_first:
       w, axis = w_ref[..., start:end], 1
     elif weights.words:
-      w, axis = w_ref[start // 2:end // 2, :], 0
+      w, axis = w_ref[at // 2:stop // 2, :], 0
     else:
-      w, axis = w_ref[..., start:end, :], 0
+      w, axis = w_ref[..., at:stop, :], 0
     if weights.words:
       w = pltpu.bitcast(w, x.dtype)
     return lax.dot_general(
@@ -212,13 +226,15 @@ def _kernel(*refs, plan: Plan, weights: Operand, num_arrays: int,
       y = jnp.where((row >= v.start) & (row < v.end), y, others)
     out_ref[:, columns] = y
 
-  def fill_and_multiply():
+  def fill_and_multiply(prepare, fill):
     cache = scratch[len(prepared)]
-    weights.prepare and weights.prepare(w_refs, prepared)
+    prepare and prepare(w_refs, prepared)
     for start in range(0, depth, plan.depth):
       end = min(start + plan.depth, depth)
-      weights.fill(w_refs, prepared, cache, start, end, tile)
-      y = dot(start, end, cache)
+      # Not kept, two parts have room, by turns.
+      at = () if plan.keep else (start % (2 * plan.depth),)
+      fill(w_refs, prepared, cache, start, end, tile, *at)
+      y = dot(start, end, cache, *at)
       if plan.depth >= depth:
         break
       acc_ref = scratch[-1]
@@ -230,13 +246,21 @@ def _kernel(*refs, plan: Plan, weights: Operand, num_arrays: int,
         y += acc_ref[...]
     finish(y)
 
+  def exactly():
+    if not plan.keep:
+      fill_and_multiply(weights.prepare_exact, weights.fill_exact)
+      return
+    weights.prepare_exact(w_refs, prepared)
+    weights.fill_exact(w_refs, prepared, scratch[len(prepared)], 0, depth,
+                       tile)
+
   if weights.cache is None:
     some = True if plan.static_visits else v.end > v.start
     @_when(some)
     def _():
       finish(dot(0, depth, w_refs[0]))
   else:
-    new = v.flags & schedule.NEW_EXPERT > 0
+    new = not plan.keep or v.flags & schedule.NEW_EXPERT > 0
     if plan.static_visits:
       some, exact = True, False
     else:
@@ -244,11 +268,11 @@ def _kernel(*refs, plan: Plan, weights: Operand, num_arrays: int,
       exact = new & (v.flags & schedule.LARGE_SCALES > 0) & some
       new = new & ~exact & some
     if weights.fill_exact and exact is not False:
-      _when(exact)(lambda: weights.fill_exact(
-          w_refs, prepared, scratch[len(prepared)]))
-    _when(new)(fill_and_multiply)
-    later = not new if isinstance(new, bool) else some & ~new
-    _when(later)(lambda: finish(dot(0, depth, scratch[len(prepared)])))
+      _when(exact)(exactly)
+    _when(new)(lambda: fill_and_multiply(weights.prepare, weights.fill))
+    if plan.keep:
+      later = not new if isinstance(new, bool) else some & ~new
+      _when(later)(lambda: finish(dot(0, depth, scratch[len(prepared)])))
 
   if not plan.static_visits:
     # Row tiles past the last group.

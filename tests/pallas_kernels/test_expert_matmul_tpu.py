@@ -93,6 +93,16 @@ def test_values_and_gradients_of_each_format(kind, dtype):
   assert not np.any(found[0][32:]) and not np.any(found[1][32:])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["mxfp4", "mxfp4 gate, up"])
+def test_weights_dequantized_at_each_visit(kind, dtype):
+  x, w, sizes, b, dy = inputs("rest", dtype, 416)
+  w = quantize(kind, w)
+  q = np.random.default_rng(0).uniform(size=len(x)).astype(np.float32)
+  found = kernels(x, w, sizes, b, q, dy, TPUBlocks(Tile(16, 128, 128, False)))
+  assert_close(found, meaning(x, w, sizes, b, q, dy), dtype)
+
+
 @pytest.mark.parametrize("kind, case, d, f", [
     ("array", "uneven", 7, 9), ("array", "one row", 33, 130),
     ("array", "none", 7, 9), ("mxfp4", "one row", 32, 5),
@@ -131,25 +141,26 @@ def test_swiglu_in_bfloat16_rounds_once():
                              rtol=2 ** -8, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_scale_and_nibble_exactly(dtype):
+def test_every_scale_and_nibble_exactly(dtype, keep):
   # Output s of expert 0 has scale s; expert 1 has none above 240. One row
   # for each input picks the weights themselves.
-  blocks = np.tile(np.arange(16, dtype=np.uint8) * 17, (2, 256, 2, 1))
-  scales = np.tile(np.arange(256, dtype=np.uint8)[:, None], (2, 1, 2))
+  blocks = np.tile(np.arange(16, dtype=np.uint8) * 17, (2, 256, 6, 1))
+  scales = np.tile(np.arange(256, dtype=np.uint8)[:, None], (2, 1, 6))
   scales[1] = np.minimum(scales[1], 240)
   w = jax.tree.map(jnp.asarray,
                    MXFP4Pairs.from_mxfp4(MXFP4(blocks, scales)))
-  x = np.tile(np.eye(64, dtype=np.float32), (2, 1)).astype(dtype)
+  x = np.tile(np.eye(192, dtype=np.float32), (2, 1)).astype(dtype)
   y = jax.jit(lambda x: expert_matmul(
-      x, w, np.array([64, 64]), implementation="pallas-tpu",
-      interpret=True))(x)
+      x, w, np.array([192, 192]), implementation="pallas-tpu",
+      blocks=TPUBlocks(Tile(64, 256, 128, keep)), interpret=True))(x)
   with np.errstate(over="ignore", under="ignore"):
     expected = np.asarray(MXFP4(blocks, scales).dequantize(np.float32))
-    expected = expected.astype(dtype).astype(np.float32).reshape(128, 256)
+    expected = expected.astype(dtype).astype(np.float32).reshape(384, 256)
   # Infinite and NaN weights of a column are multiplied by zeros too.
-  finite = np.isfinite(expected).reshape(2, 64, 256).all(1).repeat(64, 0)
-  assert finite.mean() > 0.98 and np.isnan(y[:64, 255]).all()
+  finite = np.isfinite(expected).reshape(2, 192, 256).all(1).repeat(192, 0)
+  assert finite.mean() > 0.98 and np.isnan(y[:192, 255]).all()
   flushed = np.where(np.abs(expected) < 2.0 ** -126, 0, expected)
   np.testing.assert_array_equal(np.asarray(y, np.float32)[finite],
                                 flushed[finite])
@@ -164,7 +175,8 @@ def test_on_a_simulated_tpu_without_races(kind, capfd):
   limit = 3. if kind != "array" else None
   dy = dy[:, :140] if limit else dy
   interpret = pltpu.InterpretParams(detect_races=True)
-  blocks = TPUBlocks(Tile(16, 256, 10 ** 6), None, Tile(32, 256, 64))
+  blocks = TPUBlocks(Tile(16, 256, 10 ** 6, kind == "array"), None,
+                     Tile(32, 256, 64))
   if limit is None:
     found = kernels(x, w, sizes, b, q, dy, blocks, interpret)
     assert_close(found, meaning(x, w, sizes, b, q, dy), jnp.bfloat16)
@@ -214,11 +226,15 @@ def test_visits_cover_each_row_once_in_order(rows, of_each_expert):
     (dict(blocks=TPUBlocks(Tile(16, 100, 128))), ValueError,
      "columns=100 is neither all 384"),
     (dict(blocks=TPUBlocks(Tile(16, 128, 64))), ValueError, "depth=64"),
+    (dict(w="int8", blocks=TPUBlocks(Tile(16, 128, 128, False))), ValueError,
+     "keep=False is for MXFP4"),
     (dict(interpret=False), NotImplementedError, "not on cpu"),
 ])
 def test_errors_say_what_would_do(change, error, message):
   x, w, sizes, _, _ = inputs("uneven", jnp.float32)
-  leaf = MXFP4.quantize(w) if change.pop("w", None) else quantize("mxfp4", w)
+  kind = change.get("w", "mxfp4")
+  leaf = MXFP4.quantize(w) if kind == "published" else quantize(kind, w)
+  options = dict(implementation="pallas-tpu", interpret=True) | change
+  options.pop("w", None)
   with pytest.raises(error, match=message):
-    expert_matmul(x, leaf, sizes, **dict(
-        implementation="pallas-tpu", interpret=True) | change)
+    expert_matmul(x, leaf, sizes, **options)
